@@ -1,0 +1,124 @@
+"""What replicas write for each other: claims, step records, control messages. msgpack maps, short keys as written here.
+
+Unknown keys are ignored and absent ones take their default, so that versions can differ during a rollout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import msgpack
+
+from weft_protocols.errors import ParseError
+
+HELD: Final = "held"
+SUSPENDED: Final = "suspended"
+HANDED_BACK: Final = "handed-back"
+
+CHILDREN_KEY: Final = "_children"
+DEAD_LETTER_KEY: Final = "_dead"
+ANSWER_KEY: Final = "_ask"
+SNAPSHOT_KEY: Final = "_task"
+TIMER_KEY: Final = "_sleep"
+MESSAGE_KEY: Final = "_message"
+
+
+class _Record:
+    """msgpack form of a frozen dataclass."""
+
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """The record's bytes."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return bytes(msgpack.packb(values))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The record in `data`; ParseError if it is not one."""
+        try:
+            values: Any = msgpack.unpackb(data)
+            known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
+            raise ParseError(f"not a {cls.__name__} record: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(_Record):
+    """A replica owns a task. The stream sequence of this record is the fencing token."""
+
+    replica: str
+    version: str
+    attempt: int
+    """1 for the first; hand-backs and resumes do not count."""
+    caller: str
+    origin: str
+    context: str
+    slice: str
+    message: int
+    """Stream sequence of the message that created the task, 0 if a cancel came before it."""
+    delivery: str = ""
+    """Acknowledgement subject of the delivery this claim works on: how to hand the work back."""
+    state: str = HELD
+    waiting: str = ""
+    """Key of the question a suspended task waits on."""
+    at: int = 0
+    """Unix milliseconds, for people; nothing is decided on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord(_Record):
+    """A finished step. `value` is the encoded result, or `error` says why it failed for good."""
+
+    key: str
+    input: str
+    """Digest of the step's input, so that a changed input on replay is noticed."""
+    value: bytes = b""
+    error: str = ""
+    attempts: int = 1
+    ms: int = 0
+    """Duration of the body in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage(_Record):
+    """The creating message of a suspended task, so that any replica can run it again from the top."""
+
+    data: bytes
+    headers: bytes
+    sequence: int
+    context: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter(_Record):
+    """Why a task was given up after its attempts."""
+
+    agent: str
+    task: str
+    caller: str
+    reason: str
+    error: str
+    attempts: int
+    replica: str
+    version: str
+    message: int
+    """Stream sequence of the creating message, so that it can be redriven."""
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Control(_Record):
+    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave."""
+
+    op: str
+    subject: str = ""
+    seq: int = 0
+    delivery: str = ""
+    headers: bytes = b""
+    data: bytes = b""
+    reason: str = ""

@@ -1,0 +1,159 @@
+"""Streams and consumers as data. `weft.core.topology` makes the broker agree with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from weft_protocols import subjects
+from weft_protocols.errors import InvalidConfig
+
+STREAM: Final = "MESH"
+BLOBS: Final = "MESH_BLOBS"
+SECOND: Final = 1_000_000_000
+"""Nanoseconds, the unit of every duration in JetStream's API."""
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """How long the broker may keep a write in memory, and how soon a silent worker is taken for dead."""
+
+    name: str
+    sync_interval: str
+    """nats-server `sync_interval`: `always`, or the loss window on power failure such as `100ms`."""
+    ack_wait: float
+    """Seconds without a sign of life after which a task is delivered to another replica."""
+
+    @property
+    def sign_interval(self) -> float:
+        """Seconds between a working replica's signs of life."""
+        return self.ack_wait / 4
+
+
+DURABILITY: Final[dict[str, Durability]] = {
+    "laptop": Durability("laptop", "100ms", 4.0),
+    "strict": Durability("strict", "always", 30.0),
+}
+"""`laptop` loses at most 100 ms of accepted writes in a power failure; `strict` loses none and waits out elections."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """A stream as `$JS.API.STREAM.CREATE` takes it. Only what is named here is compared when reconciling."""
+
+    name: str
+    subjects: tuple[str, ...]
+    max_age: float = 0.0
+    """Seconds; 0 keeps for ever."""
+    max_bytes: int = -1
+    max_consumers: int = 10_000
+    duplicate_window: float = 120.0
+    """Seconds in which a repeated `Nats-Msg-Id` is recognised."""
+    replicas: int = 1
+    discard: str = "new"
+    republish: tuple[str, str] | None = None
+    """(source pattern, destination) of the live feed."""
+
+    def config(self) -> dict[str, Any]:
+        """The API's JSON."""
+        config: dict[str, Any] = {
+            "name": self.name,
+            "subjects": list(self.subjects),
+            "retention": "limits",
+            "storage": "file",
+            "discard": self.discard,
+            "max_age": int(self.max_age * SECOND),
+            "max_bytes": self.max_bytes,
+            "max_msgs": -1,
+            "max_msgs_per_subject": -1,
+            "max_consumers": self.max_consumers,
+            "num_replicas": self.replicas,
+            "duplicate_window": int(self.duplicate_window * SECOND),
+            "allow_direct": True,
+            "allow_rollup_hdrs": False,
+            "deny_delete": True,
+            "deny_purge": False,
+        }
+        if self.republish is not None:
+            config["republish"] = {"src": self.republish[0], "dest": self.republish[1]}
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSpec:
+    """A durable pull consumer as `$JS.API.CONSUMER.CREATE` takes it."""
+
+    stream: str
+    name: str
+    filter_subject: str
+    ack_wait: float
+    """Seconds."""
+    max_ack_pending: int = 10_000
+    description: str = ""
+
+    def config(self) -> dict[str, Any]:
+        """The API's JSON."""
+        return {
+            "durable_name": self.name,
+            "name": self.name,
+            "description": self.description,
+            "filter_subject": self.filter_subject,
+            "deliver_policy": "all",
+            "ack_policy": "explicit",
+            "ack_wait": int(self.ack_wait * SECOND),
+            "max_deliver": -1,
+            "max_ack_pending": self.max_ack_pending,
+            "max_waiting": 512,
+            "replay_policy": "instant",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Everything that has to exist in the broker for a set of agents."""
+
+    streams: tuple[StreamSpec, ...]
+    consumers: tuple[ConsumerSpec, ...]
+    agents: tuple[str, ...] = field(default=())
+
+
+def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -> tuple[StreamSpec, ...]:
+    """The streams of one namespace. `keep` is the age in seconds at which blobs leave; tasks stay until archived."""
+    return (
+        StreamSpec(
+            STREAM,
+            tuple(f"mesh.{kind}.>" for kind in ("task", "input", "claim", "event", "step")),
+            replicas=replicas,
+            max_bytes=max_bytes,
+            republish=(
+                subjects.GRAMMAR["event"].wildcard,
+                "mesh.live.{{wildcard(3)}}.{{wildcard(4)}}.{{wildcard(1)}}.{{wildcard(2)}}",
+            ),
+        ),
+        StreamSpec(BLOBS, ("mesh.blob.>",), replicas=replicas, max_age=keep),
+    )
+
+
+def consumers(agent: str, durability: Durability) -> tuple[ConsumerSpec, ...]:
+    """The durable consumers of one agent, one a lane."""
+    return tuple(
+        ConsumerSpec(
+            STREAM,
+            subjects.consumer(agent, lane),
+            subjects.GRAMMAR["task" if lane == "work" else "input"].pattern(agent=agent).removesuffix(".*.*.*") + ".>",
+            durability.ack_wait,
+            description=f"{lane} of agent {agent}",
+        )
+        for lane in subjects.LANES
+    )
+
+
+def topology(
+    agents: tuple[str, ...], durability: str, *, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1
+) -> Topology:
+    """Streams and consumers for a set of agents under a named durability."""
+    profile = DURABILITY.get(durability)
+    if profile is None:
+        raise InvalidConfig(f"durability {durability!r} is unknown; use one of {', '.join(DURABILITY)}")
+    made = tuple(spec for agent in agents for spec in consumers(subjects.check_name(agent), profile))
+    return Topology(streams(replicas=replicas, keep=keep, max_bytes=max_bytes), made, agents)
