@@ -1,0 +1,109 @@
+"""Weft: run AI agents as independent services over a durable broker.
+
+Names are imported when first used, so that `import weft` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.client.mesh import Handle, Mesh, connect
+    from weft.client.reads import Page
+    from weft.client.watch import Event
+    from weft.host.agent import Agent
+    from weft.host.task import StepOptions, Task, current_idempotency_key
+    from weft_protocols.errors import (
+        A2AError,
+        Backpressure,
+        DeadlineExceeded,
+        Fail,
+        Reject,
+        TaskCanceled,
+        TaskEnded,
+        TaskFailed,
+        TaskInterrupted,
+        TaskNotFound,
+        TaskRejected,
+        Unavailable,
+        Unreachable,
+        WeftError,
+    )
+    from weft_protocols.parts import Artifact, Data, File, Message, TaskView, Text
+    from weft_protocols.states import State
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "weft.client.mesh": ("Handle", "Mesh", "connect"),
+    "weft.client.reads": ("Page",),
+    "weft.client.watch": ("Event",),
+    "weft.host.agent": ("Agent",),
+    "weft.host.task": ("StepOptions", "Task", "current_idempotency_key"),
+    "weft_protocols.errors": (
+        "A2AError",
+        "Backpressure",
+        "DeadlineExceeded",
+        "Fail",
+        "Reject",
+        "TaskCanceled",
+        "TaskEnded",
+        "TaskFailed",
+        "TaskInterrupted",
+        "TaskNotFound",
+        "TaskRejected",
+        "Unavailable",
+        "Unreachable",
+        "WeftError",
+    ),
+    "weft_protocols.parts": ("Artifact", "Data", "File", "Message", "TaskView", "Text"),
+    "weft_protocols.states": ("State",),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "A2AError",
+    "Agent",
+    "Artifact",
+    "Backpressure",
+    "Data",
+    "DeadlineExceeded",
+    "Event",
+    "Fail",
+    "File",
+    "Handle",
+    "Mesh",
+    "Message",
+    "Page",
+    "Reject",
+    "State",
+    "StepOptions",
+    "Task",
+    "TaskCanceled",
+    "TaskEnded",
+    "TaskFailed",
+    "TaskInterrupted",
+    "TaskNotFound",
+    "TaskRejected",
+    "TaskView",
+    "Text",
+    "Unavailable",
+    "Unreachable",
+    "WeftError",
+    "connect",
+    "current_idempotency_key",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""The caller's side: send, stream, get, list, cancel, subscribe."""

@@ -1,0 +1,193 @@
+"""What a caller knows of one task: its events in order, without gaps or repeats.
+
+Events arrive live and from reads, in any order and more than once; their number within the task puts them
+right. A gap is held back until it is filled or known to be unfillable (a number that was never stored).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from a2a.types import a2a_pb2 as pb
+
+from weft_protocols import a2a
+from weft_protocols import headers as h
+from weft_protocols.events import RawEvent
+from weft_protocols.parts import Artifact, Message, Text
+from weft_protocols.states import BY_LABEL, END_LABELS, INTERRUPTED, State
+
+STOPS = END_LABELS | {state.label for state in INTERRUPTED}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a task, as plain values."""
+
+    n: int
+    """Number within the task, contiguous from 1: what to resume after."""
+    task_id: str
+    agent: str
+    state: State | None
+    """The state the task is in from here on; None where it does not change."""
+    message: Message | None = None
+    artifact: Artifact | None = None
+    append: bool = False
+    """Whether the artifact's parts extend the one of the same id."""
+    last_chunk: bool = True
+    metadata: dict[str, Any] | None = None
+    replica: str = ""
+    """The replica that began or resumed the work, on the event that says so."""
+    attempt: int = 0
+    """Number of that attempt, from 1."""
+
+    @property
+    def text(self) -> str:
+        """Text of the message or of the artifact's chunk."""
+        if self.message is not None:
+            return self.message.text
+        parts = self.artifact.parts if self.artifact is not None else ()
+        return "".join(part.text for part in parts if isinstance(part, Text))
+
+
+def event_of(raw: RawEvent, proto: pb.StreamResponse, *, task_id: str, agent: str) -> Event:
+    """Plain form of a stored event, which was decoded to `proto`."""
+    which = proto.WhichOneof("payload")
+    state = BY_LABEL.get(raw.state) or a2a.state_of(proto)
+    if which == "artifact_update":
+        update = proto.artifact_update
+        return Event(
+            raw.n,
+            task_id,
+            agent,
+            None,
+            artifact=a2a.artifact_from_proto(update.artifact),
+            append=update.append,
+            last_chunk=update.last_chunk,
+        )
+    if which == "message":
+        return Event(raw.n, task_id, agent, State.COMPLETED, message=a2a.message_from_proto(proto.message))
+    update_ = proto.status_update
+    message = a2a.message_from_proto(update_.status.message) if update_.status.HasField("message") else None
+    metadata = a2a.struct_to_dict(update_.metadata) if update_.HasField("metadata") else None
+    replica, attempt = h.get(raw.headers, b"Weft-Replica"), h.get(raw.headers, b"Weft-Attempt")
+    return Event(
+        raw.n,
+        task_id,
+        agent,
+        state,
+        message=message,
+        metadata=metadata,
+        replica=replica.decode() if replica else "",
+        attempt=int(attempt) if attempt else 0,
+    )
+
+
+class TaskWatch:
+    """The ordered events of one task, from after event `after` on."""
+
+    def __init__(self, agent: str, task_id: str, *, after: int = 0) -> None:
+        self.agent = agent
+        self.task_id = task_id
+        self.seen = after
+        """Number of the last event in order."""
+        self.last_heard = 0.0
+        self.state = ""
+        """`Weft-State` of the last event that had one."""
+        self.stop_seq = 0
+        """Stream sequence of the event that last stopped the task; 0 where unknown."""
+        self.base: pb.Task | None = None
+        """Snapshot the events extend, where watching began in the middle."""
+        self._early: dict[int, RawEvent] = {}
+        self._events: deque[RawEvent] = deque()
+        self._changed = asyncio.Event()
+        self._readers: list[asyncio.Queue[RawEvent]] = []
+        self.failed: Exception | None = None
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether a later event is here and an earlier one is not."""
+        return bool(self._early)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task has reached its end."""
+        return self.state in END_LABELS
+
+    def feed(self, event: RawEvent, *, now: float) -> None:
+        """Take one event from wherever it came."""
+        self.last_heard = now
+        if event.n <= self.seen:
+            return
+        if event.n > self.seen + 1:
+            self._early[event.n] = event
+            return
+        self._take(event)
+        while self._early and (follows := self._early.pop(self.seen + 1, None)) is not None:
+            self._take(follows)
+
+    def skip_to(self, n: int, *, now: float) -> None:
+        """Accept that no event before `n` exists that is not here yet."""
+        if n - 1 > self.seen:
+            self.seen = n - 1
+            for early in sorted(k for k in self._early if k <= self.seen):
+                del self._early[early]
+        follows = self._early.pop(self.seen + 1, None)
+        if follows is not None:
+            self.feed(follows, now=now)
+
+    def fail(self, error: Exception) -> None:
+        """Wake everybody who waits with an error."""
+        self.failed = error
+        self._changed.set()
+
+    def _take(self, event: RawEvent) -> None:
+        self.seen = event.n
+        self._events.append(event)
+        if event.state:
+            self.state = event.state
+            if event.state in STOPS:
+                self.stop_seq = event.seq
+        for queue in self._readers:
+            queue.put_nowait(event)
+        self._changed.set()
+
+    async def stopped(self, *, after: int = 0) -> str:
+        """Wait until the task ends or is interrupted by an event later than number `after`; its state label."""
+        while True:
+            if self.failed is not None:
+                raise self.failed
+            if self.ended or (self.state in STOPS and self._stop_number() > after):
+                return self.state
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _stop_number(self) -> int:
+        for event in reversed(self._events):
+            if event.state in STOPS:
+                return event.n
+        return 0
+
+    def last_event(self) -> RawEvent | None:
+        """The last event in order."""
+        return self._events[-1] if self._events else None
+
+    def reader(self) -> asyncio.Queue[RawEvent]:
+        """A queue of all events so far and to come; hand it back to `release`."""
+        queue: asyncio.Queue[RawEvent] = asyncio.Queue()
+        for event in self._events:
+            queue.put_nowait(event)
+        self._readers.append(queue)
+        return queue
+
+    def release(self, queue: asyncio.Queue[RawEvent]) -> None:
+        """Stop filling a reader's queue."""
+        self._readers.remove(queue)
+
+    def task(self) -> pb.Task:
+        """The task as the events so far describe it."""
+        task = a2a.fold((event.decode() for event in self._events), self.base)
+        task.id = task.id or self.task_id
+        return task

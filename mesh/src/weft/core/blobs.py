@@ -1,0 +1,81 @@
+"""Large parts, content-addressed: `weft-blob:{writer}/{sha256}?chunks=N&size=B` instead of bytes in a message.
+
+Knowing the digest is the right to read. A blob written twice is the same blob: its chunks are written only
+where they are absent.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from weft.core.broker import Broker
+from weft_protocols import headers as h
+from weft_protocols import ids, subjects
+from weft_protocols.errors import Conflict, InvalidParams, TaskNotFound
+from weft_protocols.resources import BLOBS
+
+LIMIT: Final = 256 * 1024
+"""Bytes of a part above which it travels as a blob."""
+CHUNK: Final = 512 * 1024
+"""Bytes of one chunk: half of the smallest default message limit."""
+SCHEME: Final = "weft-blob:"
+_URL: Final = re.compile(r"weft-blob:([A-Za-z0-9_-]{1,64})/([0-9a-f]{64})\?chunks=([0-9]{1,5})&size=([0-9]{1,12})\Z")
+_ABSENT: Final = h.block(h.fields({h.EXPECTED_SEQUENCE: "0"}))
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRef:
+    """Where a blob is."""
+
+    writer: str
+    sha256: str
+    chunks: int
+    size: int
+
+    @property
+    def url(self) -> str:
+        """The reference as a part's URL."""
+        return f"{SCHEME}{self.writer}/{self.sha256}?chunks={self.chunks}&size={self.size}"
+
+    @staticmethod
+    def parse(url: str) -> BlobRef:
+        """The reference in a URL; InvalidParams if it is none."""
+        match = _URL.match(url)
+        if match is None:
+            raise InvalidParams(f"{url[:200]!r} is not a blob reference (weft-blob:writer/sha256?chunks=N&size=B)")
+        return BlobRef(match[1], match[2], int(match[3]), int(match[4]))
+
+
+async def put(broker: Broker, data: bytes) -> BlobRef:
+    """Store `data` under this connection's identity and return where it is."""
+    digest = ids.digest(data)
+    chunks = max(1, -(-len(data) // CHUNK))
+    writer = broker.settings.identity
+    for n in range(chunks):
+        try:
+            piece = data[n * CHUNK : (n + 1) * CHUNK]
+            await broker.publish(subjects.blob(writer, digest, n), piece, headers=_ABSENT)
+        except Conflict:
+            continue
+    return BlobRef(writer, digest, chunks, len(data))
+
+
+async def get(broker: Broker, ref: BlobRef) -> bytes:
+    """The bytes of a blob.
+
+    Raises:
+        TaskNotFound: a chunk is gone (blobs leave after the time the stream keeps them).
+        InvalidParams: the bytes do not have the digest they were asked by.
+    """
+    pieces = []
+    for n in range(ref.chunks):
+        found = await broker.last(BLOBS, subjects.blob(ref.writer, ref.sha256, n))
+        if found is None:
+            raise TaskNotFound(f"blob {ref.sha256[:12]}… of {ref.writer} is gone (chunk {n} of {ref.chunks})")
+        pieces.append(found.data)
+    data = b"".join(pieces)
+    if len(data) != ref.size or ids.digest(data) != ref.sha256:
+        raise InvalidParams(f"blob {ref.sha256[:12]}… of {ref.writer} is not what its digest says")
+    return data

@@ -1,0 +1,315 @@
+"""Running a handler, and turning each way it can stop into what the log and the broker are told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from weft.client import content
+from weft.host import takeover
+from weft.host.run import Run, Stop
+from weft.host.task import Task, call
+from weft_protocols import a2a, records
+from weft_protocols.errors import (
+    A2AError,
+    BrokerError,
+    Conflict,
+    DeadlineExceeded,
+    ExtensionSupportRequired,
+    Fail,
+    Fenced,
+    InvalidAgentResponse,
+    InvalidParams,
+    Reject,
+    UsageError,
+    WeftError,
+)
+from weft_protocols.parts import Message, Part, TaskView
+from weft_protocols.records import HANDED_BACK, SUSPENDED, DeadLetter
+from weft_protocols.states import State
+
+if TYPE_CHECKING:
+    from weft.host.agent import Skill
+    from weft.host.replica import Replica
+
+log = logging.getLogger("weft.host")
+
+PAUSES: Final = (0.5, 2.0, 5.0, 15.0, 30.0)
+"""Seconds before the next attempt after one that raised."""
+
+
+async def execute(replica: Replica, run: Run) -> None:
+    """Run a task to where it stops: its end, a question, a hand-back, or another replica's claim."""
+    try:
+        if await _refused(run):
+            _settle(replica, run)
+            return
+        await _attempt(replica, run)
+    except Fenced as error:
+        log.info("task %s: %s", run.task_id, error)
+        _forget(replica, run)
+    except BrokerError as error:
+        log.warning("task %s: %s; it will be delivered again", run.task_id, error)
+        for ack in run.deliveries:
+            replica.again(ack, 1.0)
+    except asyncio.CancelledError:
+        if run.stop is None:
+            _forget(replica, run)
+            raise
+        _uncancel()
+        await _stopped(replica, run)
+    finally:
+        replica.counters.last_progress = run.last_progress
+        replica.disown(run)
+
+
+async def _refused(run: Run) -> bool:
+    """End a task that must not start: a version, extension or encoding not spoken here, too late, too often."""
+    work = run.work
+    try:
+        a2a.check_version(work.headers.get("a2a-version", ""))
+        required = [name for name in work.headers.get("weft-required-extensions", "").split(",") if name]
+        if required:
+            raise ExtensionSupportRequired(f"extensions {required} are not supported")
+        run.parts = tuple(
+            a2a.part_from_proto(part) for part in await content.expand(run.mesh.broker, work.request.message.parts)
+        )
+    except A2AError as error:
+        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        return True
+    if work.deadline is not None and work.deadline < time.time():
+        await run.finish(State.FAILED, a2a.parts_of("the deadline had passed before the task could start"))
+        return True
+    if run.claim.attempt > run.agent.attempts:
+        await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
+        return True
+    return False
+
+
+async def _attempt(replica: Replica, run: Run) -> None:
+    try:
+        skill, arguments = _chosen(run)
+    except InvalidParams as error:
+        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        _settle(replica, run)
+        return
+    if skill.answer == "task" and run.log.last_state is not State.WORKING:
+        await run.status(State.WORKING, extra=b"Weft-Replica: %b\r\nWeft-Attempt: %d\r\n" % (
+            run.replica.encode(), run.claim.attempt,
+        ))  # fmt: skip
+    deadline = run.work.deadline
+    try:
+        if deadline is None:
+            result = await _handler(skill, run, arguments)
+        else:
+            async with asyncio.timeout(max(0.0, deadline - time.time())):
+                result = await _handler(skill, run, arguments)
+    except TimeoutError as error:
+        if deadline is not None and deadline <= time.time() + 0.01:
+            await _end(replica, run, State.FAILED, "the deadline has passed")
+        else:
+            await _raised(replica, run, error)
+    except (Fenced, BrokerError):
+        raise
+    except Reject as error:
+        await _end(replica, run, State.REJECTED, str(error))
+    except (Fail, UsageError) as error:
+        await _end(replica, run, State.FAILED, str(error) or type(error).__name__)
+    except Exception as error:  # noqa: BLE001 - the handler's own failure: another attempt or a dead letter
+        await _raised(replica, run, error)
+    else:
+        await _completed(replica, run, skill=skill, result=result)
+
+
+def _chosen(run: Run) -> tuple[Skill, dict[str, Any]]:
+    """The skill a message asks for and its arguments; InvalidParams names what is wrong."""
+    message = run.work.request.message
+    wanted = message.metadata[a2a.SKILL] if message.HasField("metadata") and a2a.SKILL in message.metadata else None
+    skill = run.agent.choose(None if wanted is None else str(wanted))
+    arguments = skill.signature.bind(run.parts)
+    if skill.signature.task is not None:
+        arguments[skill.signature.task] = Task(run)
+    return skill, arguments
+
+
+async def _handler(skill: Skill, run: Run, arguments: dict[str, Any]) -> Any:
+    if skill.signature.is_async:
+        return await skill.handler(**arguments)
+    return await call(skill.handler, (), arguments)
+
+
+async def _completed(replica: Replica, run: Run, *, skill: Skill, result: Any) -> None:
+    try:
+        parts = _parts(result)
+    except (TypeError, ValueError) as error:
+        wrong = InvalidAgentResponse(f"the handler returned {type(result).__name__}, which is no result: {error}")
+        await run.finish(State.FAILED, a2a.parts_of(wrong.message), error=wrong)
+        _settle(replica, run)
+        return
+    if skill.answer == "message":
+        await run.answer(parts)
+    else:
+        if parts:
+            await run.artifact(a2a.artifact_to_proto("result", "result", parts))
+        await run.finish(State.COMPLETED)
+    replica.counters.done += 1
+    _settle(replica, run)
+
+
+def _parts(result: Any) -> tuple[Part, ...]:
+    if result is None:
+        return ()
+    if isinstance(result, Message):
+        return result.parts
+    if isinstance(result, TaskView):
+        return tuple(part for artifact in result.artifacts for part in artifact.parts)
+    if hasattr(result, "model_dump"):
+        result = result.model_dump(mode="json")
+    parts = a2a.parts_of(result)
+    for part in parts:
+        a2a.part_to_proto(part)
+    return parts
+
+
+async def _end(replica: Replica, run: Run, state: State, text: str) -> None:
+    await run.cancel_children(text)
+    await run.finish(state, a2a.parts_of(text) if text else ())
+    replica.counters.failed += 1
+    _settle(replica, run)
+
+
+async def _raised(replica: Replica, run: Run, error: BaseException) -> None:
+    """The handler raised: another attempt after a pause, or a dead letter when there are none left."""
+    log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    final = isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded)
+    if final or run.claim.attempt >= run.agent.attempts:
+        await _give_up(run, f"failed after {run.claim.attempt} of {run.agent.attempts} attempts: {text}", error=text)
+        replica.counters.failed += 1
+        _settle(replica, run)
+        return
+    pause = PAUSES[min(run.claim.attempt - 1, len(PAUSES) - 1)]
+    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.claim.attempt} failed ({text}); again in {pause:g} s"))
+    await run.log.settle()
+    for ack in run.deliveries:
+        replica.again(ack, pause)
+
+
+async def _give_up(run: Run, text: str, *, error: str) -> None:
+    """Fail a task for good and leave a dead letter."""
+    letter = DeadLetter(
+        agent=run.work.agent,
+        task=run.task_id,
+        caller=run.work.caller,
+        reason=text,
+        error=error,
+        attempts=min(run.claim.attempt, run.agent.attempts),
+        replica=run.replica,
+        version=run.agent.version,
+        message=run.claim.message,
+        at=time.time_ns() // 1_000_000,
+    )
+    await run.journal.write(records.DEAD_LETTER_KEY, letter.encode())
+    await run.cancel_children(text)
+    await run.finish(State.FAILED, a2a.parts_of(text), dead=True)
+
+
+async def _stopped(replica: Replica, run: Run) -> None:
+    """The handler was stopped from outside."""
+    try:
+        if run.stop is Stop.CANCEL:
+            await _cancelled(replica, run)
+        elif run.stop is Stop.SUSPEND:
+            await _suspended(replica, run)
+        elif run.stop is Stop.DRAIN:
+            await _handed_back(replica, run)
+        elif run.stop is Stop.BROKEN:
+            for ack in run.deliveries:
+                replica.again(ack, 1.0)
+        else:
+            _forget(replica, run)
+    except (Fenced, Conflict) as error:
+        log.info("task %s: %s", run.task_id, error)
+        _forget(replica, run)
+    except BrokerError as error:
+        log.warning("task %s: %s; it will be delivered again", run.task_id, error)
+        for ack in run.deliveries:
+            replica.again(ack, 1.0)
+
+
+async def _cancelled(replica: Replica, run: Run) -> None:
+    if run.ended:
+        return
+    await run.cancel_children(run.stop_reason or "the parent was cancelled")
+    await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason) if run.stop_reason else ())
+    _settle(replica, run)
+
+
+async def force_cancel(replica: Replica, run: Run) -> None:
+    """End a task whose handler did not stop in time after its cancel. The handler can write nothing any more."""
+    if run.ended or replica.live.get(run.task_id) is not run:
+        return
+    log.warning("task %s: the handler did not stop within %g s of its cancel", run.task_id, run.agent.cancel_grace)
+    try:
+        await run.cancel_children(run.stop_reason or "the parent was cancelled")
+        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason or "cancelled; the handler did not stop in time"))
+    except (Fenced, BrokerError) as error:
+        log.warning("task %s could not be ended: %s", run.task_id, error)
+        return
+    _settle(replica, run)
+    replica.disown(run)
+
+
+async def _suspended(replica: Replica, run: Run) -> None:
+    """The task waits for an answer: it leaves memory, its claim says what wakes it."""
+    await run.log.settle()
+    work = run.work
+    message = records.StoredMessage(
+        work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
+    )
+    await run.journal.write(records.MESSAGE_KEY, message.encode())
+    claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
+    await takeover.write_claim(replica.broker, run.agent.name, task_id=run.task_id, claim=claim, expected=run.token)
+    # An answer that came while this was being written must wake the task; what came before the question is history.
+    late = {given.delivery.ack for given in run.inbox if given.sequence > run.asked}
+    for ack in run.deliveries:
+        if ack in late:
+            replica.again(ack, 0.05)
+        else:
+            replica.settle(ack)
+
+
+async def _handed_back(replica: Replica, run: Run) -> None:
+    """The replica leaves: the next one begins at once, and this attempt does not count."""
+    await run.log.settle()
+    claim = replace(run.claim, state=HANDED_BACK, delivery="", at=time.time_ns() // 1_000_000)
+    await takeover.write_claim(replica.broker, run.agent.name, task_id=run.task_id, claim=claim, expected=run.token)
+    replica.counters.handed_back += 1
+    for ack in run.deliveries:
+        replica.settle(ack, b"-NAK")
+
+
+def _settle(replica: Replica, run: Run) -> None:
+    """The task has ended: everything delivered for it is done."""
+    for ack in run.deliveries:
+        replica.settle(ack)
+    run.deliveries.clear()
+
+
+def _forget(replica: Replica, run: Run) -> None:
+    """Somebody else owns the task: only stop signing."""
+    for ack in run.deliveries:
+        replica.settle(ack, b"")
+    run.deliveries.clear()
+
+
+def _uncancel() -> None:
+    task = asyncio.current_task()
+    while task is not None and task.cancelling():
+        task.uncancel()
+
+
+__all__ = ["execute", "force_cancel"]

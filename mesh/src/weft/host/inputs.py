@@ -1,0 +1,299 @@
+"""Follow-ups and cancels: to the live owner of the task, or to a suspended task, which they resume.
+
+They arrive at any replica through a lane of their own. Whoever gets one looks who owns the task: this replica,
+another one (it is handed the delivery), nobody because the task waits (it is resumed here), nobody because it
+has ended (the sender sees that by the sequence of the terminal event).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from a2a.types import a2a_pb2 as pb
+
+from weft.core.broker import Delivered
+from weft.core.pull import Delivery
+from weft.host import execute, takeover
+from weft.host.run import Input, Run, Stop, Work
+from weft.host.slots import SlotHold
+from weft_protocols import a2a, records, subjects
+from weft_protocols import headers as h
+from weft_protocols.errors import A2AError, BrokerError, InvalidRequest, TimedOut, Unreachable, WeftError
+from weft_protocols.records import SUSPENDED, Claim, Control, StoredMessage
+from weft_protocols.resources import STREAM
+from weft_protocols.states import State
+
+if TYPE_CHECKING:
+    from weft.host.replica import Replica
+
+log = logging.getLogger("weft.host")
+
+HAND_OVER: Final = 1.0
+"""Seconds the owner has to take a delivery; then it comes again, perhaps to find a new owner."""
+TAKEN: Final = b"taken"
+
+
+class Inputs:
+    """The input lane of one replica."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def take(self, delivery: Delivery) -> None:
+        """A delivery from the input lane."""
+        replica = self._replica
+        _, _, agent, _, caller, task_id = delivery.subject.split(".")
+        values = h.parse(delivery.headers)
+        cancel = values.get("a2a-method", "") == "CancelTask"
+        live = replica.live.get(task_id)
+        if live is not None and live.work.caller == caller:
+            self._give(live, delivery, values=values)
+            return
+        found = await takeover.last_claim(replica.broker, agent, task_id)
+        if found is None or found[1].caller != caller:
+            await self._unclaimed(delivery, values=values, cancel=cancel, expected=found)
+            return
+        token, claim = found
+        event = await takeover.last_event(replica.broker, agent, task_id, caller=caller, origin=claim.origin)
+        if takeover.ended(event):
+            replica.settle(delivery.ack)
+        elif cancel and claim.state == SUSPENDED:
+            await self._cancel_unowned(delivery, claim=claim, caller=caller, task_id=task_id, expected=token)
+        elif claim.state == SUSPENDED or sequence_in(claim.delivery) == delivery.sequence:
+            # Suspended, or resumed by this very message on a replica that died: its delivery is the work.
+            await self._resume(delivery, claim=claim, values=values, expected=token, last=takeover.event_number(event))
+        else:
+            await self._hand_over(delivery, claim)
+
+    def on_control(self, message: Delivered) -> None:
+        """A message to this replica: a delivery that another one hands over, or the coordinator's word."""
+        try:
+            control = Control.decode(message.data)
+        except WeftError as error:
+            log.warning("control message dropped: %s", error)
+            return
+        if control.op == "drain":
+            self._replica.stop()
+            return
+        if control.op != "input":
+            log.warning("control message %r is unknown", control.op)
+            return
+        task_id = control.subject.rsplit(".", 1)[-1]
+        live = self._replica.live.get(task_id)
+        answer = b"gone"
+        if live is not None and not live.ended and live.stop is None:
+            delivery = Delivery(control.subject, control.data, control.headers, control.delivery)
+            self._replica.hold(delivery.ack)
+            self._give(live, delivery, values=h.parse(control.headers))
+            answer = TAKEN
+        if message.reply:
+            self._replica.broker.send(message.reply, answer)
+
+    def _give(self, run: Run, delivery: Delivery, *, values: dict[str, str]) -> None:
+        """Hand a delivery to a task that runs here."""
+        replica = self._replica
+        for i, ack in enumerate(run.deliveries):
+            if sequence_in(ack) == delivery.sequence:
+                replica.settle(ack, b"")
+                run.deliveries[i] = delivery.ack
+                return
+        if run.ended or run.stop not in (None, Stop.CANCEL):
+            replica.again(delivery.ack, 0.2)
+            return
+        if values.get("a2a-method", "") == "CancelTask":
+            run.deliveries.append(delivery.ack)
+            self._cancel(run, _reason(delivery.data))
+            return
+        try:
+            message = _message(delivery, values)
+            if message.context_id and message.context_id != run.work.context_id:
+                raise InvalidRequest(f"task {run.task_id} belongs to another context than {message.context_id}")
+        except A2AError as error:
+            replica.background(self._refuse(run, delivery, error), name=f"refuse for {run.task_id}")
+            return
+        if any(given.proto.message_id == message.message_id for given in run.inbox):
+            replica.settle(delivery.ack)
+            return
+        run.give(Input(delivery.sequence, message, delivery))
+
+    def _cancel(self, run: Run, reason: str) -> None:
+        replica = self._replica
+        if not run.interrupt(Stop.CANCEL, reason):
+            return
+
+        def force() -> None:
+            replica.background(execute.force_cancel(replica, run), name=f"force cancel of {run.task_id}")
+
+        run.force = asyncio.get_running_loop().call_later(run.agent.cancel_grace, force)
+
+    async def _refuse(self, run: Run, delivery: Delivery, error: A2AError) -> None:
+        try:
+            message_id = a2a.decode(pb.SendMessageRequest, delivery.data).message.message_id
+        except A2AError:
+            message_id = ""
+        await run.refuse(error, message_id)
+        await run.log.settle()
+        self._replica.settle(delivery.ack)
+
+    async def _unclaimed(
+        self, delivery: Delivery, *, values: dict[str, str], cancel: bool, expected: tuple[int, Claim] | None
+    ) -> None:
+        """Nobody has claimed a task of this caller: it still waits for its turn, or never was."""
+        replica = self._replica
+        if not cancel:
+            if delivery.count > 120:
+                replica.settle(delivery.ack, b"+TERM no such task of this caller")
+                return
+            replica.again(delivery.ack, min(5.0, 0.25 * delivery.count))
+            return
+        _, _, _, slice_, caller, task_id = delivery.subject.split(".")
+        claim = Claim(
+            replica=replica.id,
+            version=replica.agent.version,
+            attempt=1,
+            caller=caller,
+            origin=values.get("weft-origin", "none"),
+            context="",
+            slice=slice_,
+            message=0,
+        )
+        await self._cancel_unowned(
+            delivery, claim=claim, caller=caller, task_id=task_id, expected=expected[0] if expected else 0
+        )
+
+    async def _cancel_unowned(
+        self, delivery: Delivery, *, claim: Claim, caller: str, task_id: str, expected: int
+    ) -> None:
+        """End a task that nobody runs. Its creating message, if it still waits, will find the end and go."""
+        replica = self._replica
+        claim = replace(claim, replica=replica.id, state=records.HELD, delivery=delivery.ack)
+        token = await takeover.write_claim(
+            replica.broker, replica.agent.name, task_id=task_id, claim=claim, expected=expected
+        )
+        request = pb.SendMessageRequest(message=pb.Message(context_id=claim.context))
+        work = Work(
+            replica.agent.name,
+            task_id,
+            caller,
+            claim.origin,
+            claim.slice,
+            request,
+            {},
+            b"",
+            b"",
+            claim.message,
+        )
+        slot = SlotHold(replica.slots)
+        slot.held = False
+        run = replica.own(work, claim, token=token, slot=slot, delivery=delivery.ack, fresh=False)
+        try:
+            event = await takeover.last_event(
+                replica.broker, replica.agent.name, task_id, caller=caller, origin=claim.origin
+            )
+            if not takeover.ended(event):
+                run.log.last = takeover.event_number(event)
+                reason = _reason(delivery.data)
+                await run.cancel_children(reason or "the parent was cancelled")
+                await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
+            replica.settle(delivery.ack)
+        finally:
+            replica.disown(run)
+
+    async def _resume(
+        self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int, last: int
+    ) -> None:
+        """Run a suspended task again from the top; the message is the answer it waits for."""
+        replica = self._replica
+        agent, task_id = replica.agent.name, delivery.subject.rsplit(".", 1)[-1]
+        asked = await replica.broker.last(STREAM, _step(agent, task_id, f"{claim.waiting}-asked"))
+        stored = await replica.broker.last(STREAM, _step(agent, task_id, records.MESSAGE_KEY))
+        if stored is None or asked is None or delivery.sequence < asked.seq:
+            replica.settle(delivery.ack)
+            return
+        try:
+            message = _message(delivery, values)
+        except A2AError as error:
+            log.warning("task %s: a follow-up was refused: %s", task_id, error)
+            replica.settle(delivery.ack, b"+TERM refused")
+            return
+        await replica.slots.acquire()
+        slot = SlotHold(replica.slots)
+        try:
+            original = StoredMessage.decode(stored.data)
+            subject = subjects.task(agent, claim.slice, claim.caller, task_id)
+            work = replica.read(subject, original.data, headers=original.headers, sequence=original.sequence)
+            if work is None:
+                replica.settle(delivery.ack, b"+TERM the stored message cannot be read")
+                return
+            attempt = claim.attempt if claim.state == SUSPENDED else claim.attempt + 1
+            held = replace(claim, replica=replica.id, state=records.HELD, delivery=delivery.ack, attempt=attempt)
+            token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
+            run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
+            run.log.last = last
+            run.log.last_state = State.WORKING
+            run.resumed = Input(delivery.sequence, message, delivery)
+            await self._recall(run)
+            run.history.append(message)
+            await run.recall_children()
+            await replica.execute(run)
+        finally:
+            slot.end()
+
+    async def _recall(self, run: Run) -> None:
+        """The snapshot that the last interruption named."""
+        event = await takeover.last_event(
+            self._replica.broker, run.agent.name, run.task_id, caller=run.work.caller, origin=run.claim.origin
+        )
+        named = h.get(event.headers, b"Weft-Snapshot") if event is not None else None
+        if named is not None:
+            stored = await self._replica.broker.last(STREAM, _step(run.agent.name, run.task_id, named.decode()))
+            run.base = pb.Task.FromString(stored.data) if stored is not None else None
+
+    async def _hand_over(self, delivery: Delivery, claim: Claim) -> None:
+        """Give a delivery to the replica that owns the task."""
+        replica = self._replica
+        control = Control(
+            "input", delivery.subject, delivery.sequence, delivery.ack, delivery.headers or b"", delivery.data
+        )
+        try:
+            reply = await replica.broker.request(
+                subjects.ctl(replica.agent.name, claim.replica), control.encode(), timeout=HAND_OVER
+            )
+        except (Unreachable, TimedOut):
+            replica.again(delivery.ack, 0.5)
+            return
+        except BrokerError:
+            replica.again(delivery.ack, 1.0)
+            return
+        if reply.data == TAKEN:
+            replica.settle(delivery.ack, b"")
+        else:
+            replica.again(delivery.ack, 0.1)
+
+
+def _message(delivery: Delivery, values: dict[str, str]) -> pb.Message:
+    a2a.check_version(values.get("a2a-version", ""))
+    request = a2a.decode(pb.SendMessageRequest, delivery.data, values.get("content-type", h.PROTOBUF))
+    return request.message
+
+
+def _reason(data: bytes) -> str:
+    """Reason in a cancel's metadata."""
+    try:
+        request = a2a.decode(pb.CancelTaskRequest, data)
+    except A2AError:
+        return ""
+    return str(request.metadata["reason"]) if request.HasField("metadata") and "reason" in request.metadata else ""
+
+
+def sequence_in(ack: str) -> int:
+    """Stream sequence in an acknowledgement subject, 0 where there is none."""
+    tokens = ack.split(".")
+    return int(tokens[5]) if len(tokens) > 5 else 0
+
+
+def _step(agent: str, task_id: str, key: str) -> str:
+    return subjects.step(agent, task_id, subjects.step_token(key))

@@ -1,0 +1,104 @@
+"""A task's private journal: records written under its claim, read back when the task runs again.
+
+A record is fenced by the claim, and its `Nats-Msg-Id` makes the broker refuse a second one for the same key
+within the duplicate window; a worker that takes over reads before it runs. So a key has one record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from typing import Final
+
+from weft.core.broker import Broker, Stored, sequence_of
+from weft_protocols import headers as h
+from weft_protocols import subjects
+from weft_protocols.errors import Conflict, Fenced, TimedOut, Unreachable
+from weft_protocols.resources import STREAM
+
+PATIENCE: Final = 60.0
+_SCOPE: ContextVar[str] = ContextVar("weft_step_scope", default="")
+
+
+class Journal:
+    """Records of one task under one claim."""
+
+    def __init__(self, broker: Broker, *, agent: str, task_id: str, fence: bytes, fresh: bool) -> None:
+        self._broker = broker
+        self._agent = agent
+        self._task = task_id
+        self._fence = fence
+        self.fresh = fresh
+        """First attempt: there can be no records yet, so none are looked for."""
+        self._ordinals: dict[str, int] = {}
+        self.closed = False
+
+    def key(self, name: str, *, explicit: bool = False) -> str:
+        """The key for a step: the explicit name, or the name and its ordinal within the surrounding step."""
+        scope = _SCOPE.get()
+        base = f"{scope}/{name}" if scope else name
+        if explicit:
+            return base
+        count = self._ordinals.get(base, 0)
+        self._ordinals[base] = count + 1
+        return base if count == 0 else f"{base}-{count}"
+
+    async def read(self, key: str) -> Stored | None:
+        """The record of a key, or None."""
+        if self.fresh:
+            return None
+        return await self._broker.last(STREAM, self._subject(key))
+
+    async def write(self, key: str, data: bytes) -> tuple[int, bytes]:
+        """Write a record and return its sequence and content: the first writer's, whoever that was.
+
+        Raises:
+            Fenced: a newer claim owns the task.
+        """
+        if self.closed:
+            raise Fenced("the task has ended; nothing more can be written to it")
+        subject = self._subject(key)
+        own_id = h.fields({h.DEDUPLICATION_ID: f"{subject}:step"})
+        return await self._publish(subject, data, own_id)
+
+    async def replace(self, key: str, data: bytes) -> int:
+        """Write a record whose last version counts; its sequence."""
+        sequence, _ = await self._publish(self._subject(key), data, b"")
+        return sequence
+
+    async def _publish(self, subject: str, data: bytes, own_id: bytes) -> tuple[int, bytes]:
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        attempt = 0
+        while True:
+            try:
+                ack, _ = await self._broker.publish_once(subject, data, headers=h.block(self._fence, own_id))
+                sequence = sequence_of(ack)
+            except Conflict as error:
+                raise Fenced(f"a newer claim owns task {self._task}") from error
+            except (Unreachable, TimedOut) as error:
+                await self._broker.before_retry(attempt, deadline, error)
+                attempt += 1
+                continue
+            if b'"duplicate"' not in ack:
+                return sequence, data
+            winner = await self._broker.last(STREAM, subject)
+            if winner is not None:
+                return winner.seq, winner.data
+            # The id was used by somebody else's message; the fence alone has to do.
+            own_id = b""
+
+    def _subject(self, key: str) -> str:
+        return subjects.step(self._agent, self._task, subjects.step_token(key))
+
+
+class scope:
+    """Keys of steps inside begin with this step's key."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __enter__(self) -> None:
+        self._token = _SCOPE.set(self._key)
+
+    def __exit__(self, *_: object) -> None:
+        _SCOPE.reset(self._token)

@@ -1,0 +1,173 @@
+"""An agent replica as a process: `python -m weft.host TARGET` and `mesh run TARGET`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from weft.client import coordinator
+from weft.core.broker import Broker
+from weft.core.config import load_settings
+from weft.core.supervise import Tasks
+from weft.host.agent import Agent
+from weft.host.loading import load_agent
+from weft.host.replica import Replica
+from weft_protocols.errors import BrokerError, InvalidConfig, Unavailable, WeftError
+from weft_protocols.resources import DURABILITY, Durability
+
+log = logging.getLogger("weft.host")
+
+HEARTBEAT: Final = 2.0
+"""Seconds between a replica's reports to the coordinator."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the agent a target names until SIGTERM or SIGINT; the exit code of its end."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(
+        level=os.environ.get("WEFT_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m weft.host path/to/file.py[:name]\n")
+        return 2
+    try:
+        return int(run_loop(serve(load_agent(arguments[0]))))
+    except WeftError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+
+
+def run_loop(work: Any) -> Any:
+    """Run a coroutine on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+async def serve(agent: Agent, *, grace: float | None = None, home: Path | None = None) -> int:
+    """Run one replica of an agent until it is told to stop; 0, or the exit code of what ended it.
+
+    Raises:
+        InvalidConfig: the identity is not the agent's, or there is no mesh here.
+        NotAuthenticated: the account was revoked.
+    """
+    settings = load_settings(os.environ.get("WEFT_IDENTITY") or agent.name, home=home)
+    if settings.identity != agent.name:
+        raise InvalidConfig(
+            f"this process has the identity {settings.identity!r}, but the agent is called {agent.name!r}; an agent "
+            "runs under its own account"
+        )
+    seconds = grace if grace is not None else float(os.environ.get("WEFT_GRACE", "30"))
+    broker = await Broker.connect(settings, name=f"agent {agent.name}", timeout=15.0)
+    try:
+        replica = Replica(agent, broker, durability=_durability())
+        background = Tasks(f"process of {agent.name}")
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, replica.stop)
+        _watch_parent(replica)
+        background.start(_report(replica), name="report to the coordinator")
+        try:
+            await replica.run(grace=seconds, ready=lambda: _ready(replica))
+        finally:
+            await background.aclose()
+            with contextlib.suppress(BrokerError, Unavailable):
+                await coordinator.leave(broker, agent.name, replica.id)
+    finally:
+        await broker.close()
+    return 0
+
+
+def _ready(replica: Replica) -> None:
+    sys.stderr.write(f"ready: agent {replica.agent.name} {replica.agent.version}, replica {replica.id}\n")
+    sys.stderr.flush()
+
+
+def _durability() -> Durability:
+    return DURABILITY.get(os.environ.get("WEFT_DURABILITY", "laptop"), DURABILITY["laptop"])
+
+
+def _watch_parent(replica: Replica) -> None:
+    """Drain when the process that started this one is gone: its end of the pipe is then closed."""
+    number = os.environ.get("WEFT_PARENT_FD", "")
+    if number.isdigit():
+        fd = int(number)
+        loop = asyncio.get_running_loop()
+
+        def gone() -> None:
+            loop.remove_reader(fd)
+            replica.stop()
+
+        loop.add_reader(fd, gone)
+
+
+async def _report(replica: Replica) -> None:
+    """Register with the coordinator and report to it. Its absence is no error: nothing here depends on it."""
+    registered = False
+    while True:
+        try:
+            if not registered:
+                await coordinator.register(replica.broker, _registration(replica))
+                registered = True
+            await coordinator.heartbeat(replica.broker, replica.agent.name, _heartbeat(replica))
+        except Unavailable:
+            registered = False
+        except BrokerError as error:
+            log.debug("could not report: %s", error)
+            registered = False
+        except WeftError as error:
+            log.error("the coordinator refused this replica: %s", error)
+            registered = False
+        await asyncio.sleep(HEARTBEAT)
+
+
+def _registration(replica: Replica) -> dict[str, Any]:
+    return {
+        **replica.agent.describe(),
+        "replica": replica.id,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "slots": replica.slots.total,
+        "code_digest": code_digest(replica.agent),
+    }
+
+
+def _heartbeat(replica: Replica) -> dict[str, Any]:
+    return {
+        "replica": replica.id,
+        "state": "draining" if replica.draining else "ready",
+        "active": len(replica.live),
+        "waiting": sum(1 for run in replica.live.values() if not run.slot.held),
+        "slots": replica.slots.total,
+        "done": replica.counters.done,
+        "failed": replica.counters.failed,
+        "last_progress": int(max((run.last_progress for run in replica.live.values()), default=0) * 1000)
+        or int(replica.counters.last_progress * 1000),
+        "at": int(time.time() * 1000),
+    }
+
+
+def code_digest(agent: Agent) -> str:
+    """Digest of the source files the agent's skills are in: two agents of one name differ in it."""
+    digest = sha256()
+    files = {
+        getattr(skill.handler, "__code__", None) and skill.handler.__code__.co_filename
+        for skill in agent.skills.values()
+    }
+    for name in sorted(str(file) for file in files if file):
+        path = Path(name)
+        digest.update(path.read_bytes() if path.is_file() else name.encode())
+    return digest.hexdigest()

@@ -1,0 +1,383 @@
+"""One replica of an agent: pulls work, owns tasks while it runs them, gives them up properly.
+
+Exactly as the binding's worker rules say: work is acknowledged only after its terminal event is stored, every
+write names its claim, and a redelivered task is claimed again until it is won.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from a2a.types import a2a_pb2 as pb
+
+from weft.client.mesh import Mesh
+from weft.core.broker import Broker
+from weft.core.pull import Delivery, PullLoop
+from weft.core.supervise import Tasks
+from weft.host import execute, takeover
+from weft.host.agent import Agent
+from weft.host.inputs import Inputs
+from weft.host.journal import Journal
+from weft.host.log import EventLog
+from weft.host.run import Run, Stop, Work
+from weft.host.slots import SlotHold, Slots
+from weft_protocols import a2a, ids, subjects
+from weft_protocols import headers as h
+from weft_protocols.errors import A2AError, BrokerError, Conflict, Fenced, WeftError
+from weft_protocols.records import SUSPENDED, Claim
+from weft_protocols.resources import DURABILITY, STREAM, Durability
+from weft_protocols.states import State
+
+log = logging.getLogger("weft.host")
+
+INPUT_ROOM: Final = 64
+"""Follow-ups and cancels a replica takes at a time; they need no slot."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a replica did since it started."""
+
+    done: int = 0
+    failed: int = 0
+    handed_back: int = 0
+    last_progress: float = 0.0
+    """Unix seconds of the last event, step or result."""
+
+
+class Replica:
+    """Runs one agent on one connection until it is told to stop or its account is revoked."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        broker: Broker,
+        *,
+        durability: Durability | None = None,
+        replica_id: str | None = None,
+    ) -> None:
+        self.agent = agent
+        self.broker = broker
+        self.mesh = Mesh(broker)
+        self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.durability = durability or DURABILITY["laptop"]
+        self.counters = Counters()
+        self.live: dict[str, Run] = {}
+        """Tasks this replica owns now."""
+        self.draining = False
+        self.slots = Slots(agent.concurrency, changed=self._want)
+        self.inputs = Inputs(self)
+        self._tasks = Tasks(f"replica {self.id}")
+        self._work: PullLoop | None = None
+        self._input: PullLoop | None = None
+        self._signs: asyncio.TimerHandle | None = None
+        self._held: set[str] = set()
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listen and begin to pull."""
+        await self.mesh.start()
+        await self.broker.subscribe(subjects.ctl(self.agent.name, self.id), self.inputs.on_control)
+        name = self.agent.name
+        self._input = await PullLoop(
+            self.broker, stream=STREAM, consumer=subjects.consumer(name, "input"), handler=self._on_input
+        ).start()
+        self._work = await PullLoop(
+            self.broker, stream=STREAM, consumer=subjects.consumer(name, "work"), handler=self._on_work
+        ).start()
+        self._input.want(INPUT_ROOM)
+        self._want()
+        self._sign()
+
+    async def run(self, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop` or until the connection ends for good, then drain within `grace` seconds.
+
+        `ready` is called once work is being pulled.
+
+        Raises:
+            NotAuthenticated: the account was revoked; nothing is drained, another replica takes over.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._close)
+            await self.start()
+            ready()
+            waits = [self._tasks.start(self._stopping.wait()), self._tasks.start(self.broker.closed.wait())]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self.broker.closed.is_set():
+                raise self.broker.failure or BrokerError("the connection to the broker is closed")
+            await self.drain(grace)
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return."""
+        self._stopping.set()
+
+    async def drain(self, grace: float) -> None:
+        """Take no more work; finish what runs, or hand it back after `grace` seconds."""
+        self.draining = True
+        for loop in (self._work, self._input):
+            if loop is not None:
+                await loop.stop()
+        deadline = asyncio.get_running_loop().time() + grace
+        for run in list(self.live.values()):
+            if run.log.last_state.interrupted:
+                run.interrupt(Stop.DRAIN, "the replica is leaving")
+        while self.live and asyncio.get_running_loop().time() < deadline and self.broker.connected:
+            runners = [run.runner for run in self.live.values() if run.runner is not None]
+            if not runners:
+                break
+            await asyncio.wait(runners, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        for run in list(self.live.values()):
+            run.interrupt(Stop.DRAIN, "the replica is leaving")
+        runners = [run.runner for run in self.live.values() if run.runner is not None]
+        if runners:
+            await asyncio.wait(runners, timeout=5.0)
+        with contextlib.suppress(BrokerError):
+            await self.broker.flush(timeout=2.0)
+
+    async def _close(self) -> None:
+        if self._signs is not None:
+            self._signs.cancel()
+        for loop in (self._work, self._input):
+            if loop is not None:
+                await loop.stop()
+        await self._tasks.aclose()
+        await self.mesh.aclose()
+
+    # Deliveries --------------------------------------------------------------------------------
+
+    def _want(self) -> None:
+        if self._work is not None and not self.draining:
+            self._work.want(self.slots.free)
+
+    def _on_work(self, delivery: Delivery) -> None:
+        if self.draining:
+            self.settle(delivery.ack, b"-NAK")
+            return
+        self.slots.take()
+        self.hold(delivery.ack)
+        self._tasks.start(self._guarded(delivery, self._take(delivery)), name=delivery.subject)
+
+    def _on_input(self, delivery: Delivery) -> None:
+        if self.draining:
+            self.settle(delivery.ack, b"-NAK")
+            return
+        self.hold(delivery.ack)
+        self._tasks.start(self._guarded(delivery, self.inputs.take(delivery)), name=delivery.subject)
+
+    async def _guarded(self, delivery: Delivery, work: Awaitable[None]) -> None:
+        """The work loop's boundary: whatever goes wrong with one delivery, it comes again and the rest goes on."""
+        try:
+            await work
+        except (Fenced, Conflict) as error:
+            log.info("%s: %s", delivery.subject, error)
+            self.settle(delivery.ack, b"")
+        except BrokerError as error:
+            log.warning("%s: %s; it will be delivered again", delivery.subject, error)
+            self.again(delivery.ack, 1.0)
+        except Exception:
+            log.exception("%s: the host failed; it will be delivered again", delivery.subject)
+            self.again(delivery.ack, 5.0)
+
+    def hold(self, ack: str) -> None:
+        """Sign this delivery in progress until it is settled."""
+        self._held.add(ack)
+
+    def settle(self, ack: str, answer: bytes = b"+ACK") -> None:
+        """Acknowledge a delivery, or give another answer; an empty one only stops signing."""
+        self._held.discard(ack)
+        if answer:
+            with contextlib.suppress(BrokerError):
+                self.broker.send(ack, answer)
+
+    def again(self, ack: str, delay: float) -> None:
+        """Have a delivery come again after `delay` seconds."""
+        self.settle(ack, b'-NAK {"delay": %d}' % int(delay * 1e9))
+
+    def _sign(self) -> None:
+        with contextlib.suppress(BrokerError):
+            for ack in self._held:
+                self.broker.send(ack, b"+WPI")
+        self._signs = asyncio.get_running_loop().call_later(self.durability.sign_interval, self._sign)
+
+    # Tasks -------------------------------------------------------------------------------------
+
+    async def _take(self, delivery: Delivery) -> None:
+        """A creating message: claim its task and run it."""
+        slot = SlotHold(self.slots)
+        try:
+            work = self.read(delivery.subject, delivery.data, headers=delivery.headers, sequence=delivery.sequence)
+            if work is None:
+                self.settle(delivery.ack, b"+TERM not a message of this binding")
+                return
+            run = await self._claim(work, delivery, slot=slot)
+            if run is not None:
+                await self.execute(run)
+        finally:
+            slot.end()
+
+    def read(self, subject: str, data: bytes, *, headers: bytes | None, sequence: int) -> Work | None:
+        """What a creating message says; None where it cannot be a task's, so that nobody could be told."""
+        _, _, agent, slice_, caller, task_id = subject.split(".")
+        values = h.parse(headers)
+        origin = values.get("weft-origin", "")
+        try:
+            subjects.check_token(origin, "origin")
+            request = a2a.decode(pb.SendMessageRequest, data, values.get("content-type", h.PROTOBUF))
+        except WeftError as error:
+            log.warning("%s: dropped: %s", subject, error)
+            return None
+        if ids.task_id(caller, agent, request.message.message_id) != task_id:
+            log.warning("%s: dropped: the task id does not belong to this caller and message", subject)
+            return None
+        return Work(agent, task_id, caller, origin, slice_, request, values, data, headers or b"", sequence)
+
+    async def _claim(self, work: Work, delivery: Delivery, *, slot: SlotHold) -> Run | None:
+        """Own the task of a creating message; None where there is nothing (more) to do."""
+        agent, task_id = self.agent.name, work.task_id
+        wanted = self.new_claim(work, delivery.ack)
+        if delivery.count == 1:
+            try:
+                token = await takeover.write_claim(self.broker, agent, task_id=task_id, claim=wanted, expected=0)
+                return self.own(work, wanted, token=token, slot=slot, delivery=delivery.ack)
+            except Conflict:
+                log.debug("task %s was claimed before its first delivery here", task_id)
+        live = self.live.get(task_id)
+        if live is not None:
+            # Signs came too late for the broker: the task is still running here, under the newer delivery.
+            self._adopt(live, delivery.ack)
+            return None
+        found = await takeover.last_claim(self.broker, agent, task_id)
+        known = found[1] if found is not None and found[1].caller == work.caller else None
+        if known is not None and (known.state == SUSPENDED or known.message not in (0, work.sequence)):
+            self.settle(delivery.ack)
+            return None
+        token, claim, before = await takeover.take_over(self.broker, agent, task_id=task_id, wanted=wanted)
+        run = self.own(work, claim, token=token, slot=slot, delivery=delivery.ack, fresh=before is None)
+        try:
+            return await self._begin_again(run) if before is not None else run
+        except BaseException:
+            self.disown(run)
+            raise
+
+    async def _begin_again(self, run: Run) -> Run | None:
+        """After a takeover: look what the task came to, and say that another attempt begins."""
+        work = run.work
+        while True:
+            event = await takeover.last_event(
+                self.broker, self.agent.name, run.task_id, caller=work.caller, origin=run.claim.origin
+            )
+            if takeover.ended(event):
+                self.disown(run)
+                self.settle(run.deliveries[0])
+                return None
+            run.log.last = takeover.event_number(event)
+            if takeover.begun_by(event, self.id, run.claim.attempt):
+                run.log.last_state = State.WORKING
+                return run
+            if run.claim.attempt > self.agent.attempts:
+                return run
+            said = f"attempt {run.claim.attempt}, on replica {self.id}"
+            status = run.status_event(State.WORKING, a2a.parts_of(said))
+            headers = h.block(
+                h.fields(
+                    {
+                        h.EXPECTED_SEQUENCE: str(event.seq if event is not None else 0),
+                        h.EVENT: str(run.log.last + 1),
+                        h.STATE: State.WORKING.label,
+                        h.REPLICA: self.id,
+                        h.ATTEMPT: str(run.claim.attempt),
+                    }
+                )
+            )
+            try:
+                await self.broker.publish(run.log.subject, a2a.encode(status), headers=headers)
+            except Conflict:
+                current = await takeover.last_claim(self.broker, self.agent.name, run.task_id)
+                if current is not None and current[0] != run.token:
+                    raise Fenced(f"a newer claim owns task {run.task_id}") from None
+                continue
+            run.log.last += 1
+            run.log.last_state = State.WORKING
+            run.note(status)
+            return run
+
+    def new_claim(self, work: Work, ack: str, *, attempt: int = 1) -> Claim:
+        """A claim of this replica."""
+        return Claim(
+            replica=self.id,
+            version=self.agent.version,
+            attempt=attempt,
+            caller=work.caller,
+            origin=work.origin,
+            context=work.context_id,
+            slice=work.slice,
+            message=work.sequence,
+            delivery=ack,
+            at=time.time_ns() // 1_000_000,
+        )
+
+    def own(self, work: Work, claim: Claim, *, token: int, slot: SlotHold, delivery: str, fresh: bool = True) -> Run:
+        """Begin to own a task under a claim that was stored."""
+        fence = takeover.fence(self.agent.name, work.task_id, token)
+        subject = subjects.event(self.agent.name, work.task_id, work.caller, claim.origin)
+        accept = work.headers.get("accept", "")
+        # Both need the run they report to, which needs them.
+        report: list[Callable[[BrokerError | Fenced], None]] = []
+        event_log = EventLog(
+            self.broker,
+            subject=subject,
+            fence=fence,
+            last=0,
+            content_type=h.JSON if accept.startswith(h.JSON) else h.PROTOBUF,
+            on_failure=lambda error: report[0](error),
+        )
+        journal = Journal(self.broker, agent=self.agent.name, task_id=work.task_id, fence=fence, fresh=fresh)
+        run = Run(
+            work=work,
+            agent=self.agent,
+            mesh=self.mesh,
+            claim=claim,
+            token=token,
+            replica=self.id,
+            log=event_log,
+            journal=journal,
+            slot=slot,
+            settle=self.settle,
+        )
+        report.append(run.failed_write)
+        run.deliveries.append(delivery)
+        run.history.append(work.request.message)
+        run.runner = asyncio.current_task()
+        self.live[work.task_id] = run
+        return run
+
+    def disown(self, run: Run) -> None:
+        """Stop owning a task."""
+        if self.live.get(run.task_id) is run:
+            del self.live[run.task_id]
+        if run.force is not None:
+            run.force.cancel()
+
+    def _adopt(self, run: Run, ack: str) -> None:
+        self.settle(run.deliveries[0], b"")
+        run.deliveries[0] = ack
+        self.hold(ack)
+
+    async def execute(self, run: Run) -> None:
+        """Run a task to where it stops, and settle what was delivered for it."""
+        await execute.execute(self, run)
+
+    def background(self, work: Any, *, name: str) -> None:
+        """Run something of this replica's in the background."""
+        self._tasks.start(work, name=name)
+
+
+__all__ = ["A2AError", "Counters", "Replica"]

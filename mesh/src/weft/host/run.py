@@ -1,0 +1,312 @@
+"""One task on one replica, under one claim: what is shared between the handler's view and the replica's.
+
+`Run` knows how the task may stop and writes the event that says so; it decides nothing about deliveries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from a2a.types import a2a_pb2 as pb
+
+from weft.client import content
+from weft.host.journal import Journal
+from weft.host.log import EventLog
+from weft.host.slots import SlotHold
+from weft_protocols import a2a, records, subjects
+from weft_protocols import headers as h
+from weft_protocols.errors import A2AError, BrokerError, Fenced
+from weft_protocols.parts import Message, Part
+from weft_protocols.records import Claim
+from weft_protocols.states import State
+
+if TYPE_CHECKING:
+    from weft.client.mesh import Mesh
+    from weft.core.pull import Delivery
+    from weft.host.agent import Agent
+
+
+class Stop(enum.Enum):
+    """Why a handler is being stopped from outside."""
+
+    CANCEL = "cancel"
+    FENCED = "fenced"
+    BROKEN = "broken"
+    DRAIN = "drain"
+    SUSPEND = "suspend"
+
+
+@dataclass(slots=True)
+class Input:
+    """A follow-up message that was delivered to the owner of its task."""
+
+    sequence: int
+    proto: pb.Message
+    delivery: Delivery
+
+    @property
+    def message(self) -> Message:
+        """The message as a plain value."""
+        return a2a.message_from_proto(self.proto)
+
+
+@dataclass(slots=True)
+class Child:
+    """A task this one delegated."""
+
+    agent: str
+    context: str
+    message_id: str
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Work:
+    """The message a run works on, and what its headers say."""
+
+    agent: str
+    task_id: str
+    caller: str
+    origin: str
+    slice: str
+    request: pb.SendMessageRequest
+    headers: dict[str, str]
+    raw: bytes
+    """The stored request, kept for a resume."""
+    raw_headers: bytes
+    sequence: int
+
+    @property
+    def context_id(self) -> str:
+        """The conversation; the task's own id where the caller named none."""
+        return self.request.message.context_id or self.task_id
+
+    @property
+    def deadline(self) -> float | None:
+        """Unix seconds, or None."""
+        value = self.headers.get("weft-deadline", "")
+        return int(value) / 1000 if value.isdigit() else None
+
+
+@dataclass(slots=True)
+class Run:
+    """A task that this replica owns."""
+
+    work: Work
+    agent: Agent
+    mesh: Mesh
+    claim: Claim
+    token: int
+    """Stream sequence of the claim: the fencing token."""
+    replica: str
+    log: EventLog
+    journal: Journal
+    slot: SlotHold
+    settle: Callable[[str], None]
+    """Acknowledges a delivery."""
+    parts: tuple[Part, ...] = ()
+    inbox: list[Input] = field(default_factory=list)
+    history: list[pb.Message] = field(default_factory=list)
+    written: list[pb.StreamResponse] = field(default_factory=list)
+    """Events of this attempt, for the snapshot of an interruption."""
+    base: pb.Task | None = None
+    """Snapshot of what earlier attempts wrote."""
+    children: dict[str, Child] = field(default_factory=dict)
+    deliveries: list[str] = field(default_factory=list)
+    """Acknowledgement subjects this run answers for; signed in progress while it runs."""
+    resumed: Input | None = None
+    waiting: str = ""
+    """Key of the question a suspended task waits on."""
+    asked: int = 0
+    """Stream sequence of that question's record: what was sent before it is no answer."""
+    busy: int = 0
+    """Steps, children and timers in progress: a task with any of them does not suspend."""
+    stop: Stop | None = None
+    stop_reason: str = ""
+    cancel_sequence: int = 0
+    runner: asyncio.Task[Any] | None = None
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    force: asyncio.TimerHandle | None = None
+    last_progress: float = field(default_factory=time.time)
+    ended: bool = False
+
+    @property
+    def task_id(self) -> str:
+        """The task's id."""
+        return self.work.task_id
+
+    def interrupt(self, stop: Stop, reason: str = "") -> bool:
+        """Stop the handler at its next await; False if it is being stopped already."""
+        if self.ended or (self.stop is not None and self.stop is not Stop.DRAIN):
+            return False
+        self.stop, self.stop_reason = stop, reason
+        if self.runner is not None:
+            self.runner.cancel(f"task {self.task_id}: {stop.value}")
+        return True
+
+    def give(self, given: Input) -> None:
+        """Take a follow-up that was delivered for this task."""
+        self.deliveries.append(given.delivery.ack)
+        self.inbox.append(given)
+        self.history.append(given.proto)
+        self.arrived.set()
+
+    def consumed(self, given: Input) -> None:
+        """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""
+        if given.delivery.ack in self.deliveries[1:]:
+            self.deliveries.remove(given.delivery.ack)
+            self.settle(given.delivery.ack)
+
+    def take_input(self, after: int) -> Input | None:
+        """The first follow-up whose stream sequence is beyond `after`."""
+        for i, given in enumerate(self.inbox):
+            if given.sequence > after:
+                return self.inbox.pop(i)
+        return None
+
+    async def status(
+        self,
+        state: State,
+        parts: Sequence[Part] = (),
+        *,
+        metadata: dict[str, Any] | None = None,
+        extra: bytes = b"",
+    ) -> int:
+        """Write a status event; its number."""
+        event = self.status_event(state, parts, metadata=metadata)
+        self.note(event)
+        return await self.log.post(event, state=state, extra=extra)
+
+    def status_event(
+        self, state: State, parts: Sequence[Part] = (), *, metadata: dict[str, Any] | None = None
+    ) -> pb.StreamResponse:
+        """A status event of this task."""
+        event = pb.StreamResponse()
+        update = event.status_update
+        update.task_id = self.work.task_id
+        update.context_id = self.work.context_id
+        update.status.state = a2a.state_to_proto(state)
+        seconds, nanos = divmod(time.time_ns(), 1_000_000_000)
+        update.status.timestamp.seconds = seconds
+        update.status.timestamp.nanos = nanos
+        if parts:
+            message = update.status.message
+            message.message_id = f"{self.work.task_id}-{self.log.last + 1}"
+            message.task_id = self.work.task_id
+            message.context_id = self.work.context_id
+            message.role = pb.ROLE_AGENT
+            message.parts.extend(a2a.part_to_proto(part) for part in parts)
+        if metadata:
+            update.metadata.update(metadata)
+        return event
+
+    def note(self, event: pb.StreamResponse) -> None:
+        """Remember an event for a snapshot, and that there was progress."""
+        self.written.append(event)
+        self.last_progress = time.time()
+
+    async def artifact(self, artifact: pb.Artifact, *, append: bool = False, last_chunk: bool = True) -> int:
+        """Write an artifact, or a chunk of one; the event's number."""
+        parts = await content.shrink(self.mesh.broker, artifact.parts)
+        if any(new is not old for new, old in zip(parts, artifact.parts, strict=True)):
+            del artifact.parts[:]
+            artifact.parts.extend(parts)
+        event = pb.StreamResponse()
+        update = event.artifact_update
+        update.task_id = self.work.task_id
+        update.context_id = self.work.context_id
+        update.artifact.CopyFrom(artifact)
+        update.append = append
+        update.last_chunk = last_chunk
+        self.note(event)
+        return await self.log.post(event)
+
+    async def finish(
+        self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
+    ) -> int:
+        """Write the terminal event; its stream sequence."""
+        extra: dict[str, str] = {}
+        metadata: dict[str, Any] | None = None
+        if error is not None:
+            extra[h.ERROR] = error.reason
+            metadata = {"weft.error": {"reason": error.reason, **error.metadata}}
+            if error.violations:
+                metadata["weft.error"]["violations"] = {v.field: v.description for v in error.violations}
+        if dead:
+            extra[h.DEAD_LETTER] = "1"
+        event = self.status_event(state, parts, metadata=metadata)
+        sequence = await self.log.finish(event, label=state.label, extra=h.fields(extra) if extra else b"")
+        self._close()
+        return sequence
+
+    async def answer(self, parts: Sequence[Part]) -> int:
+        """End the task with one message and nothing else; its stream sequence."""
+        event = pb.StreamResponse()
+        message = event.message
+        message.message_id = f"{self.work.task_id}-answer"
+        message.task_id = self.work.task_id
+        message.context_id = self.work.context_id
+        message.role = pb.ROLE_AGENT
+        message.parts.extend(await content.shrink(self.mesh.broker, [a2a.part_to_proto(part) for part in parts]))
+        sequence = await self.log.finish(event, label="message")
+        self._close()
+        return sequence
+
+    def _close(self) -> None:
+        self.ended = True
+        self.journal.closed = True
+        self.log.closed = True
+
+    def snapshot(self) -> pb.Task:
+        """The task as its events and messages so far describe it."""
+        task = a2a.fold(self.written, self.base)
+        task.id = self.work.task_id
+        task.context_id = self.work.context_id
+        return task
+
+    async def save_snapshot(self) -> str:
+        """Store the folded task; the key the next event names."""
+        key = f"{records.SNAPSHOT_KEY}-{self.log.last + 1}"
+        await self.journal.write(key, self.snapshot().SerializeToString())
+        return subjects.step_token(key)
+
+    async def refuse(self, error: A2AError, message_id: str) -> None:
+        """Tell the sender of a follow-up that it was refused, without changing the task's state."""
+        state = self.log.last_state if self.log.last_state is not State.UNSPECIFIED else State.WORKING
+        event = self.status_event(state, a2a.parts_of(error.message))
+        extra = h.fields({h.ERROR: error.reason, h.IN_REPLY_TO: message_id})
+        await self.log.post(event, state=state, extra=extra)
+
+    async def remember_children(self) -> None:
+        """Store which tasks were delegated, so that whoever takes over can cancel them."""
+        import msgpack
+
+        listed = [[task_id, child.agent, child.context, child.message_id] for task_id, child in self.children.items()]
+        await self.journal.replace(records.CHILDREN_KEY, bytes(msgpack.packb(listed)))
+
+    async def recall_children(self) -> None:
+        """Read the stored list of delegated tasks."""
+        import msgpack
+
+        stored = await self.journal.read(records.CHILDREN_KEY)
+        if stored is not None:
+            for task_id, agent, context, message_id in msgpack.unpackb(stored.data):
+                self.children.setdefault(task_id, Child(agent, context, message_id))
+
+    async def cancel_children(self, reason: str) -> None:
+        """Send every unfinished child its cancel. The cancels are durable; nobody waits for their effect."""
+        await self.recall_children()
+        for task_id, child in self.children.items():
+            if not child.done:
+                await self.mesh.send_cancel(
+                    child.agent, task_id, context_id=child.context, message_id=child.message_id, reason=reason
+                )
+
+    def failed_write(self, error: BrokerError | Fenced) -> None:
+        """An event could not be stored: stop the handler, whoever owns the task goes on."""
+        self.interrupt(Stop.FENCED if isinstance(error, Fenced) else Stop.BROKEN, str(error))

@@ -1,0 +1,59 @@
+"""Step results as bytes and back: plain values as msgpack, models and dataclasses by their annotation."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, is_dataclass
+from hashlib import sha256
+from typing import Any
+
+import msgpack
+
+from weft_protocols.errors import UsageError
+
+
+def encode(value: Any, *, where: str) -> bytes:
+    """Bytes of a step's result; UsageError if it cannot be stored."""
+    try:
+        return bytes(msgpack.packb(value, default=_plain, datetime=True))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{where} returned {type(value).__name__}, which cannot be stored: {error}; return JSON values, bytes, "
+            "dataclasses or pydantic models"
+        ) from error
+
+
+def decode(data: bytes, annotation: Any = inspect.Parameter.empty) -> Any:
+    """The value, as the step's return annotation says where it names a model or dataclass."""
+    value = msgpack.unpackb(data, timestamp=3, strict_map_key=False)
+    if annotation in (inspect.Parameter.empty, None, Any) or value is None:
+        return value
+    if isinstance(annotation, type) and annotation in (str, int, float, bool, bytes, list, dict):
+        return value
+    import pydantic
+
+    return pydantic.TypeAdapter(annotation).validate_python(value)
+
+
+def digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Digest of a step's input, to notice that a replay called it with another."""
+    data = msgpack.packb([args, sorted(kwargs.items())], default=_anything, datetime=True)
+    return sha256(data).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, set | frozenset | tuple):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+def _anything(value: Any) -> Any:
+    """What cannot be stored still has a name: two objects of one type count as the same input."""
+    try:
+        return _plain(value)
+    except TypeError:
+        return f"<{type(value).__module__}.{type(value).__qualname__}>"
