@@ -5,8 +5,10 @@ Bodies are the messages of package `lf.a2a.v1`, binary by default or ProtoJSON w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
 
 from a2a.types import a2a_pb2 as pb
@@ -73,6 +75,8 @@ def decode(kind: type[M], data: bytes, content_type: str = h.PROTOBUF) -> M:
 
 def check_version(value: str) -> None:
     """VersionNotSupported unless `value` (of `A2A-Version`) is a 1.0; absent means 0.3 by the specification."""
+    if value == h.A2A_VERSION:
+        return
     major_minor = ".".join(value.split(".")[:2]) if value else "0.3"
     if major_minor != h.A2A_VERSION:
         raise VersionNotSupported(
@@ -284,8 +288,24 @@ def fold(events: Iterable[pb.StreamResponse], start: pb.Task | None = None) -> p
     task = pb.Task()
     if start is not None:
         task.CopyFrom(start)
+    status = None
     for event in events:
-        apply(task, event)
+        if event.HasField("status_update"):
+            update = event.status_update
+            status = update
+            if update.status.HasField("message"):
+                task.history.append(update.status.message)
+            if update.HasField("metadata"):
+                task.metadata.MergeFrom(update.metadata)
+        else:
+            apply(task, event)
+            if not event.HasField("artifact_update"):
+                status = None
+    if status is not None:
+        # Only the last status counts: copying each is half the cost of folding.
+        task.id = task.id or status.task_id
+        task.context_id = task.context_id or status.context_id
+        task.status.CopyFrom(status.status)
     return task
 
 
@@ -300,10 +320,23 @@ def view(task: pb.Task, *, agent: str, events: int = 0) -> p.TaskView:
         message=message_from_proto(status.message) if status.HasField("message") else None,
         artifacts=tuple(artifact_from_proto(a) for a in task.artifacts),
         history=tuple(message_from_proto(m) for m in task.history),
-        updated=status.timestamp.ToJsonString() if status.HasField("timestamp") else "",
+        updated=_rfc3339(status.timestamp.seconds, status.timestamp.nanos) if status.HasField("timestamp") else "",
         events=events,
         metadata=struct_to_dict(task.metadata) if task.HasField("metadata") else {},
     )
+
+
+def _rfc3339(seconds: int, nanos: int) -> str:
+    """A timestamp as ProtoJSON writes it, with milliseconds; empty for one outside its range."""
+    if not (-62_135_596_800 <= seconds < 253_402_300_800 and 0 <= nanos < 1_000_000_000):
+        return ""
+    return f"{_second(seconds)}.{nanos // 1_000_000:03d}Z"
+
+
+@functools.lru_cache(maxsize=256)
+def _second(seconds: int) -> str:
+    made = datetime.fromtimestamp(seconds, UTC)
+    return f"{made.year:04d}-{made:%m-%dT%H:%M:%S}"
 
 
 def state_of(event: pb.StreamResponse) -> State | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from a2a.types import a2a_pb2 as pb
 
@@ -12,8 +13,11 @@ from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, FieldViolation, ParseError
 
 
-@dataclass(frozen=True, slots=True)
-class RawEvent:
+_WANTED: Final = re.compile(rb"\r\n(weft-event|weft-state|content-type|a2a-error):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.I)
+"""What every reader needs of an event's headers, in one pass: this is done for each event that arrives."""
+
+
+class RawEvent(NamedTuple):
     """One event as it is stored."""
 
     n: int
@@ -22,39 +26,54 @@ class RawEvent:
     """`Weft-State`, empty where the event does not change the state."""
     data: bytes
     headers: bytes | None
-    seq: int
-    """Stream sequence, 0 where unknown."""
+    stored_at: int = 0
+    """Stream sequence where it is not in the headers."""
+    content_type: str = h.PROTOBUF
+    reason: str = ""
+    """`A2A-Error`, empty for an event that is none."""
+
+    @property
+    def seq(self) -> int:
+        """Stream sequence, 0 where unknown."""
+        return self.stored_at or _number(h.stamped(self.headers, b"Nats-Sequence"))
 
     @staticmethod
     def of(data: bytes, headers: bytes | None, *, seq: int | None = None) -> RawEvent:
         """A stored event from its bytes and headers; the sequence from `Nats-Sequence` unless given."""
-        n = h.get(headers, b"Weft-Event")
-        state = h.get(headers, b"Weft-State")
-        if seq is None:
-            seq = int(h.get(headers, b"Nats-Sequence") or 0)
-        return RawEvent(int(n) if n else 0, state.decode() if state else "", data, headers, seq)
+        number, state, content_type, reason = 0, "", h.PROTOBUF, ""
+        for name, value in _WANTED.findall(headers or b""):
+            if len(name) == 9:
+                reason = reason or value.decode("utf-8", "replace")
+            elif len(name) == 12:
+                content_type = value.decode("utf-8", "replace") or h.PROTOBUF
+            elif name[5] in b"eE":
+                number = number or _number(value)
+            else:
+                state = state or value.decode("utf-8", "replace")
+        return RawEvent(number, state, data, headers, seq or 0, content_type, reason)
 
     def decode(self) -> pb.StreamResponse:
         """The event's A2A message."""
-        content_type = h.get(self.headers, b"Content-Type")
-        return a2a.decode(pb.StreamResponse, self.data, content_type.decode() if content_type else h.PROTOBUF)
+        return a2a.decode(pb.StreamResponse, self.data, self.content_type)
 
     @property
     def error(self) -> A2AError | None:
         """The A2A error the event carries, if any."""
-        reason = h.get(self.headers, b"A2A-Error")
-        if reason is None:
+        if not self.reason:
             return None
         update = self.decode().status_update
         text = a2a.message_from_proto(update.status.message).text if update.status.HasField("message") else ""
-        details = a2a.struct_to_dict(update.metadata).get("weft.error", {}) if update.HasField("metadata") else {}
-        violations = details.pop("violations", {})
+        found = a2a.struct_to_dict(update.metadata).get("weft.error") if update.HasField("metadata") else None
+        details = found if isinstance(found, dict) else {}
+        violations = details.pop("violations", None)
         details.pop("reason", None)
         return A2AError.from_reason(
-            reason.decode(),
+            self.reason,
             text,
             metadata={name: str(value) for name, value in details.items()},
-            violations=tuple(FieldViolation(name, str(value)) for name, value in violations.items()),
+            violations=tuple(FieldViolation(name, str(value)) for name, value in violations.items())
+            if isinstance(violations, dict)
+            else (),
         )
 
 
@@ -91,6 +110,11 @@ def unpack(data: bytes) -> list[RawEvent]:
     if at != len(data):
         raise ParseError("not a page of events: it ends in the middle of one")
     return events
+
+
+def _number(value: bytes | None) -> int:
+    """A header's number; 0 where it is absent or none, since agents write what they like."""
+    return int(value) if value is not None and value.isdigit() and len(value) < 20 else 0
 
 
 def _varint(value: int) -> bytes:

@@ -88,6 +88,14 @@ def get(headers: bytes | None, name: bytes) -> bytes | None:
     return headers[start : end if end >= 0 else None].strip()
 
 
+def stamped(headers: bytes | None, name: bytes) -> bytes | None:
+    """The last value of a name: for what the broker appends (`Nats-Sequence` …), which a sender may have forged."""
+    if not headers:
+        return None
+    at = headers.lower().rfind(b"\r\n" + name.lower() + b":")
+    return None if at < 0 else get(headers[at:], name)
+
+
 def parse(headers: bytes | None) -> dict[str, str]:
     """All headers of a raw block with lower-case names; the first value of a repeated name."""
     found: dict[str, str] = {}

@@ -5,9 +5,8 @@ Unknown keys are ignored and absent ones take their default, so that versions ca
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgpack
 
@@ -29,10 +28,11 @@ class _Record:
     """msgpack form of a frozen dataclass."""
 
     __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def encode(self) -> bytes:
         """The record's bytes."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return bytes(msgpack.packb(values))
 
     @classmethod
@@ -40,8 +40,7 @@ class _Record:
         """The record in `data`; ParseError if it is not one."""
         try:
             values: Any = msgpack.unpackb(data)
-            known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-            return cls(**{name: value for name, value in values.items() if name in known})
+            return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
         except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
             raise ParseError(f"not a {cls.__name__} record: {error}") from error
 

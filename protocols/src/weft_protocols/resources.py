@@ -10,6 +10,8 @@ from weft_protocols.errors import InvalidConfig
 
 STREAM: Final = "MESH"
 BLOBS: Final = "MESH_BLOBS"
+REGISTRY: Final = "MESH_REGISTRY"
+"""Which agents exist, one message each on `mesh.registry.{agent}`; no account but MESH reaches it."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -23,6 +25,10 @@ class Durability:
     """nats-server `sync_interval`: `always`, or the loss window on power failure such as `100ms`."""
     ack_wait: float
     """Seconds without a sign of life after which a task is delivered to another replica."""
+
+    ordered: bool = True
+    """Whether the broker is a single server, which keeps the order of one connection's writes even when it loses
+    some. A cluster that elects a leader may lose one and take the next."""
 
     @property
     def sign_interval(self) -> float:
@@ -46,6 +52,8 @@ class StreamSpec:
     max_age: float = 0.0
     """Seconds; 0 keeps for ever."""
     max_bytes: int = -1
+    max_per_subject: int = -1
+    """Messages kept of each subject, the newest; -1 for all."""
     max_consumers: int = 10_000
     duplicate_window: float = 120.0
     """Seconds in which a repeated `Nats-Msg-Id` is recognised."""
@@ -65,7 +73,7 @@ class StreamSpec:
             "max_age": int(self.max_age * SECOND),
             "max_bytes": self.max_bytes,
             "max_msgs": -1,
-            "max_msgs_per_subject": -1,
+            "max_msgs_per_subject": self.max_per_subject,
             "max_consumers": self.max_consumers,
             "num_replicas": self.replicas,
             "duplicate_window": int(self.duplicate_window * SECOND),
@@ -131,6 +139,7 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             ),
         ),
         StreamSpec(BLOBS, ("mesh.blob.>",), replicas=replicas, max_age=keep),
+        StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
     )
 
 

@@ -30,7 +30,7 @@ class State(enum.IntEnum):
     @property
     def label(self) -> str:
         """Name as people and `Weft-State` write it: `input-required`."""
-        return self.name.lower().replace("_", "-")
+        return _LABELS[self]
 
     @property
     def terminal(self) -> bool:
@@ -45,7 +45,8 @@ class State(enum.IntEnum):
 
 TERMINAL: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELED, State.REJECTED})
 INTERRUPTED: Final = frozenset({State.INPUT_REQUIRED, State.AUTH_REQUIRED})
-BY_LABEL: Final = {state.label: state for state in State}
+_LABELS: Final = {state: state.name.lower().replace("_", "-") for state in State}
+BY_LABEL: Final = {label: state for state, label in _LABELS.items()}
 MESSAGE: Final = "message"
 """`Weft-State` of a task that was answered with a message alone, which ends it."""
 END_LABELS: Final = frozenset({state.label for state in TERMINAL} | {MESSAGE})

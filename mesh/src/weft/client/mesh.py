@@ -46,6 +46,7 @@ GRACE: Final = 5.0
 
 @dataclass(slots=True)
 class _Watched:
+    key: str
     watch: TaskWatch
     users: int = 0
     silent_checks: int = 0
@@ -136,6 +137,7 @@ class Mesh:
         self.origin = uuid.uuid4().hex[:12]
         self._chain = chain
         self._watched: dict[str, _Watched] = {}
+        self._readers = 0
         self._tasks = Tasks(f"mesh of {self.caller}")
         self._ticker: asyncio.TimerHandle | None = None
         self._static = h.fields({h.VERSION: h.A2A_VERSION, h.ORIGIN: self.origin})
@@ -174,7 +176,7 @@ class Mesh:
             agent: name of the agent.
             message: text, bytes, a part, several parts, or any JSON value.
             message_id: sent twice, it is one task; a new one if None.
-            context_id: the conversation; a new one if None.
+            context_id: the conversation; one of its own, named as the task, if None.
             skill: the skill to run, where the agent has several.
             deadline: seconds from now after which the task is failed by its host.
             metadata: of the A2A message.
@@ -185,9 +187,10 @@ class Mesh:
             Backpressure, Unreachable, TimedOut: not accepted for sure; sending again is safe.
         """
         subjects.check_name(agent)
-        message_id = message_id or uuid.uuid4().hex
-        context_id = context_id or uuid.uuid4().hex
+        message_id = message_id or os.urandom(16).hex()
         task_id = ids.task_id(self.caller, agent, message_id)
+        # Derived, so that the message sent again goes to the same subject, where it is refused (binding, "Context id").
+        context_id = context_id or task_id
         meta = dict(metadata or {})
         if skill is not None:
             meta[a2a.SKILL] = skill
@@ -400,7 +403,7 @@ class Mesh:
     def _watch(self, agent: str, task_id: str, *, after: int = 0) -> _Watched:
         watched = self._watched.get(task_id)
         if watched is None:
-            watched = _Watched(TaskWatch(agent, task_id, after=after))
+            watched = _Watched(task_id, TaskWatch(agent, task_id, after=after))
             watched.watch.last_heard = asyncio.get_running_loop().time()
             self._watched[task_id] = watched
             if self._ticker is None:
@@ -418,8 +421,9 @@ class Mesh:
             return known
         if after:
             # A reader in the middle of the log has its own view of it.
-            watched = _Watched(TaskWatch(agent, task_id, after=after), users=1)
-            self._watched[f"{task_id}/{id(watched):x}"] = watched
+            self._readers += 1
+            watched = _Watched(f"{task_id}/{self._readers}", TaskWatch(agent, task_id, after=after), users=1)
+            self._watched[watched.key] = watched
         else:
             watched = self._watch(agent, task_id)
         try:
@@ -444,8 +448,8 @@ class Mesh:
         watched.users -= 1
         if watched.users > 0:
             return
-        for key in [k for k, v in self._watched.items() if v is watched]:
-            del self._watched[key]
+        if self._watched.get(watched.key) is watched:
+            del self._watched[watched.key]
         if watched.elsewhere is not None:
             await watched.elsewhere.close()
 

@@ -96,8 +96,7 @@ class TaskWatch:
         self.last_heard = 0.0
         self.state = ""
         """`Weft-State` of the last event that had one."""
-        self.stop_seq = 0
-        """Stream sequence of the event that last stopped the task; 0 where unknown."""
+        self._stop: RawEvent | None = None
         self.base: pb.Task | None = None
         """Snapshot the events extend, where watching began in the middle."""
         self._early: dict[int, RawEvent] = {}
@@ -105,6 +104,11 @@ class TaskWatch:
         self._changed = asyncio.Event()
         self._readers: list[asyncio.Queue[RawEvent]] = []
         self.failed: Exception | None = None
+
+    @property
+    def stop_seq(self) -> int:
+        """Stream sequence of the event that last stopped the task; 0 where unknown."""
+        return self._stop.seq if self._stop is not None else 0
 
     @property
     def has_gap(self) -> bool:
@@ -149,26 +153,20 @@ class TaskWatch:
         if event.state:
             self.state = event.state
             if event.state in STOPS:
-                self.stop_seq = event.seq
+                self._stop = event
+                self._changed.set()
         for queue in self._readers:
             queue.put_nowait(event)
-        self._changed.set()
 
     async def stopped(self, *, after: int = 0) -> str:
         """Wait until the task ends or is interrupted by an event later than number `after`; its state label."""
         while True:
             if self.failed is not None:
                 raise self.failed
-            if self.ended or (self.state in STOPS and self._stop_number() > after):
+            if self.ended or (self.state in STOPS and self._stop is not None and self._stop.n > after):
                 return self.state
             self._changed.clear()
             await self._changed.wait()
-
-    def _stop_number(self) -> int:
-        for event in reversed(self._events):
-            if event.state in STOPS:
-                return event.n
-        return 0
 
     def last_event(self) -> RawEvent | None:
         """The last event in order."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from nats import errors as nats_errors
 
-from weft.core.wire import Handler, Wire
+from weft.core.wire import REFUSALS, Answered, Handler, Wire
 from weft_protocols import headers as h
 from weft_protocols.errors import (
     JETSTREAM_CODES,
@@ -39,8 +39,11 @@ RETRY_FOR: Final = 15.0
 """Seconds a durable write is tried again: longer than a leader election, which takes 4 to 9 s."""
 ATTEMPT: Final = 4.0
 """Seconds one attempt of a durable write may take."""
+PING_INTERVAL: Final = 5.0
+"""Seconds between pings; a server that leaves three of them unanswered is taken for gone."""
+CONNECT_ATTEMPT: Final = 2.0
+"""Seconds one attempt to connect may take."""
 _BACKOFF: Final = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
-_AUTH_WORDS: Final = ("authorization violation", "authentication", "account", "revoked", "nkey")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,25 @@ class Subscription:
     async def close(self) -> None:
         """Stop receiving. Safe on a closed connection."""
         self._wire.forget(self._inner)
+        await self._unsubscribe()
+
+    async def drain(self, *, timeout: float = 2.0) -> None:
+        """Stop receiving, but hand over what the server has sent already."""
+        await self._unsubscribe()
+        try:
+            if self._wire.is_connected:
+                self._wire._write_out()
+                await self._wire.flush(timeout)  # type: ignore[arg-type]
+        except (nats_errors.Error, BrokerError):
+            log.debug("what was under way to %s is lost with the connection", self._inner.subject)
+        finally:
+            self._wire.forget(self._inner)
+
+    async def _unsubscribe(self) -> None:
         try:
             await self._inner.unsubscribe()
         except nats_errors.Error:
-            log.debug("unsubscribing after the connection was closed")
+            log.debug("unsubscribing after the connection or the subscription was closed")
 
 
 def raise_api_error(error: Mapping[str, Any]) -> NoReturn:
@@ -129,7 +147,7 @@ class Broker:
         self.failure: BrokerError | None = None
         """Why it ended, where it was not asked to."""
         self._wire = Wire()
-        self._wire.handler_failed = lambda error: log.error("handler of a message failed", exc_info=error)
+        self._wire.handler_failed = lambda error: log.error("the function a message was handed to failed", exc_info=error)
         self._reconnected: list[Callable[[], None]] = []
         self._lost: list[Callable[[], None]] = []
         self._wire.requests_lost = self._tell_lost
@@ -146,7 +164,11 @@ class Broker:
         """
         broker = cls(settings)
         # nats-py takes seconds as float here, and declares int.
-        options: dict[str, Any] = {"reconnect_time_wait": 0.1}
+        options: dict[str, Any] = {
+            "reconnect_time_wait": 0.1,
+            "connect_timeout": CONNECT_ATTEMPT,
+            "ping_interval": PING_INTERVAL,
+        }
         if settings.seed_file is not None:
             from weft.core.keys import read_seed
 
@@ -154,28 +176,29 @@ class Broker:
         try:
             async with asyncio.timeout(timeout):
                 await broker._wire.connect(
-                    settings.url,
+                    [url.strip() for url in settings.url.split(",")],
                     name=name or settings.identity,
                     inbox_prefix=settings.inbox_prefix.encode(),
                     error_cb=broker._on_error,
                     closed_cb=broker._on_closed,
                     disconnected_cb=broker._on_disconnected,
                     reconnected_cb=broker._on_reconnected,
-                    connect_timeout=2,
                     max_reconnect_attempts=-1,
                     allow_reconnect=True,
-                    ping_interval=5,
                     max_outstanding_pings=2,
                     **options,
                 )
+                if not broker._wire.is_connected:
+                    raise Unreachable(f"the broker at {settings.url} did not complete the handshake")
+                await broker._wire.open_replies()
         except (nats_errors.Error, OSError, TimeoutError) as error:
-            failure = broker.failure or broker._classify(error)
+            why = broker._wire.last_error if isinstance(error, TimeoutError) else None
+            failure = broker.failure or broker._classify(why or error)
             await broker._abandon()
             raise failure from error
-        if not broker._wire.is_connected:
+        except BaseException:
             await broker._abandon()
-            raise broker.failure or Unreachable(f"the broker at {settings.url} did not complete the handshake")
-        await broker._wire.open_replies()
+            raise
         broker._up.set()
         return broker
 
@@ -189,13 +212,15 @@ class Broker:
         """Bytes the server takes in one message."""
         return int(self._wire.max_payload)
 
-    def on_reconnect(self, call: Callable[[], None]) -> None:
-        """Have `call` run after every reconnect; subscriptions are back by then, pulls are not."""
+    def on_reconnect(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have `call` run after every reconnect; subscriptions are back by then, pulls are not. Returns its undoing."""
         self._reconnected.append(call)
+        return lambda: _remove(self._reconnected, call)
 
-    def on_lost(self, call: Callable[[], None]) -> None:
-        """Have `call` run when a connection is lost."""
+    def on_lost(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have `call` run when a connection is lost; `closed` is set if it was for good. Returns its undoing."""
         self._lost.append(call)
+        return lambda: _remove(self._lost, call)
 
     async def wait_connected(self, timeout: float) -> None:
         """Wait for the connection to be up; Unreachable after `timeout` seconds or when it closed for good."""
@@ -218,15 +243,24 @@ class Broker:
         await self._abandon()
 
     async def flush(self, *, timeout: float = 5.0) -> None:
-        """Return when the server has processed everything written so far."""
+        """Return when the server has processed everything written so far.
+
+        Raises:
+            Unreachable: not connected, or the connection was lost meanwhile.
+            TimedOut: no answer within `timeout` seconds.
+        """
+        if not self._wire.is_connected:
+            raise self.failure or Unreachable("not connected to the broker")
         self._wire._write_out()
         try:
             await self._wire.flush(timeout)  # type: ignore[arg-type]
+        except nats_errors.ConnectionClosedError as error:
+            raise self.failure or Unreachable("the connection is closed") from error
         except nats_errors.Error as error:
             raise TimedOut(f"the broker did not answer a ping within {timeout:g} s") from error
 
     def send(self, subject: str, data: bytes = b"", *, headers: bytes | None = None, reply: str = "") -> None:
-        """Publish without waiting for anything. Raises Unreachable or Backpressure at once."""
+        """Publish without waiting for anything. Raises Unreachable, Backpressure or TooLarge at once."""
         self._wire.post(subject, data, reply=reply.encode(), headers=headers)
 
     async def request(
@@ -258,6 +292,10 @@ class Broker:
         """One attempt at a durable write, without waiting: `sequence_of` reads the future's answer."""
         return self._wire.ask(subject, data, headers=headers, timeout=timeout)
 
+    def publish_then(self, subject: str, data: bytes, *, headers: bytes, then: Answered) -> None:
+        """One attempt at a durable write; `then` gets the acknowledgement from the reader, or an error."""
+        self._wire.ask_then(subject, data, headers=headers, timeout=ATTEMPT, then=then)
+
     async def publish(
         self, subject: str, data: bytes, *, headers: bytes | None = None, timeout: float = RETRY_FOR
     ) -> int:
@@ -269,42 +307,54 @@ class Broker:
         Raises:
             Conflict: the condition in the headers does not hold (10071).
             Backpressure: the stream or the window is full.
+            TooLarge: over the broker's or the stream's limit.
             Unreachable, TimedOut: no acknowledgement; the message may have been stored.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        limit = min(ATTEMPT, timeout)
         attempt = 0
         while True:
             try:
-                await self.take_turn(deadline)
-                ack, _ = await self._wire.ask(subject, data, headers=headers, timeout=min(ATTEMPT, timeout))
+                if self._wire.in_flight >= WINDOW:
+                    await self._take_turn(deadline)
+                ack, _ = await self._wire.ask(subject, data, headers=headers, timeout=limit)
                 return sequence_of(ack)
             except (Unreachable, TimedOut) as error:
                 await self.before_retry(attempt, deadline, error)
                 attempt += 1
-            finally:
-                self.end_turn()
+                limit = min(ATTEMPT, deadline - loop.time())
 
-    async def take_turn(self, deadline: float) -> None:
+    async def _take_turn(self, deadline: float) -> None:
         """Wait until the window has room; Backpressure at `deadline` (loop time)."""
+        turn: asyncio.Future[None] | None = None
         while self._wire.in_flight >= WINDOW:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._turn.append(turn)
+            waited, turn = turn, asyncio.get_running_loop().create_future()
+            if waited is None:
+                self._turn.append(turn)
+            else:
+                self._turn.appendleft(turn)  # somebody was quicker; the turn stays the next
+            self._wire.answered = self._end_turn
             try:
                 async with asyncio.timeout_at(deadline):
                     await turn
-            except TimeoutError:
-                raise Backpressure(f"{WINDOW} writes are in flight and the broker does not keep up") from None
-            finally:
-                if not turn.done():
-                    turn.cancel()
+            except BaseException as error:
+                if turn.done() and not turn.cancelled():
+                    self._end_turn()
+                turn.cancel()
+                if isinstance(error, TimeoutError):
+                    raise Backpressure(f"{WINDOW} requests are in flight and the broker does not keep up") from None
+                raise
 
-    def end_turn(self) -> None:
-        """Let the next write into the window."""
+    def _end_turn(self) -> None:
+        """A request was settled: let the next write into the window."""
         while self._turn and self._wire.in_flight < WINDOW:
             turn = self._turn.popleft()
             if not turn.done():
                 turn.set_result(None)
                 return
+        if not self._turn:
+            self._wire.answered = None
 
     async def before_retry(self, attempt: int, deadline: float, error: WeftError) -> None:
         """Wait before the next attempt: for the connection, else a growing pause; raise `error` when out of time."""
@@ -318,16 +368,17 @@ class Broker:
 
     async def last(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:
         """The last message of an exact subject, read directly; None if there is none. May be stale in a cluster."""
-        deadline = asyncio.get_running_loop().time() + timeout
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        limit = min(2.0, timeout)
         attempt = 0
         while True:
             try:
-                return stored(
-                    await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=min(2.0, timeout))
-                )
+                return stored(await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=limit))
             except (Unreachable, TimedOut) as error:
                 await self.before_retry(attempt, deadline, error)
                 attempt += 1
+                limit = min(2.0, deadline - loop.time())
 
     async def subscribe(self, subject: str, handler: Callable[[Delivered], None], *, queue: str = "") -> Subscription:
         """Subscribe; `handler` is called from the reader and must not block. Survives reconnects."""
@@ -346,14 +397,20 @@ class Broker:
         return str(self._wire.new_inbox())
 
     def _classify(self, error: BaseException) -> BrokerError:
-        text = str(error).lower()
-        if isinstance(error, nats_errors.AuthorizationError) or any(word in text for word in _AUTH_WORDS):
+        refused = isinstance(error, nats_errors.Error) and any(words in str(error).lower() for words in REFUSALS)
+        if refused:
             return NotAuthenticated(f"the broker refused identity {self.settings.identity!r}: {error}")
         return Unreachable(f"no broker at {self.settings.url}: {error or type(error).__name__}")
 
     def _tell_lost(self) -> None:
-        for call in self._lost:
-            call()
+        self._tell(self._lost)
+
+    def _tell(self, calls: list[Callable[[], None]]) -> None:
+        for call in tuple(calls):
+            try:
+                call()
+            except Exception:
+                log.exception("what was to be told of the connection failed")
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error).lower()
@@ -362,9 +419,8 @@ class Broker:
             return
         failure = self._classify(error)
         if isinstance(failure, NotAuthenticated):
-            self.failure = failure
-            await self._wire._close(Wire.CLOSED, True)
-            return
+            self._fail(failure)
+            raise failure  # ends nats-py's attempts to connect
         log.debug("broker connection: %s", error)
 
     async def _on_disconnected(self) -> None:
@@ -372,22 +428,32 @@ class Broker:
 
     async def _on_reconnected(self) -> None:
         self._up.set()
-        for call in self._reconnected:
-            call()
+        self._tell(self._reconnected)
 
     async def _on_closed(self) -> None:
         if self.failure is None and self._wire.last_error is not None:
             failure = self._classify(self._wire.last_error)
-            self.failure = failure if isinstance(failure, NotAuthenticated) else None
-        self._wire.drop_waiting(self.failure or Unreachable("the connection is closed"))
-        self.closed.set()
-        self._up.set()
+            if isinstance(failure, NotAuthenticated):
+                self._fail(failure)
+        self._ended()
 
     async def _abandon(self) -> None:
-        self._wire.drop_waiting(Unreachable("the connection is closed"))
+        self._ended()
         await self._wire.close()
-        self.closed.set()
-        self._up.set()
+
+    def _ended(self) -> None:
+        if not self.closed.is_set():
+            self.closed.set()
+            self._up.set()
+            self._wire.drop_waiting(self.failure or Unreachable("the connection is closed"))
+
+    def _fail(self, failure: BrokerError) -> None:
+        self.failure = self._wire.failure = failure
+
+
+def _remove(calls: list[Callable[[], None]], call: Callable[[], None]) -> None:
+    if call in calls:
+        calls.remove(call)
 
 
 def stored(reply: Reply) -> Stored | None:

@@ -11,8 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from weft.core.broker import Broker, Subscription
 from weft_protocols import headers as h
@@ -29,8 +28,7 @@ HEARTBEAT: Final = 5.0
 _ACK_PREFIX: Final = ACK.encode() + b"."
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One delivered message and how to settle it."""
 
     subject: str
@@ -45,7 +43,7 @@ class Delivery:
         return int(self.ack.split(".")[5])
 
     @property
-    def count(self) -> int:
+    def times(self) -> int:
         """How often it was delivered, this time included."""
         return int(self.ack.split(".")[4])
 

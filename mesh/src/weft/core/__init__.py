@@ -1,0 +1,1 @@
+"""The broker and everything that stands on it: connections, the embedded server, topology, configuration."""

@@ -1,0 +1,395 @@
+"""Configuration, read once at the edge into frozen objects: how to reach the broker, and `mesh.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
+from weft_protocols.resources import DURABILITY
+from weft_protocols.subjects import check_name, check_token
+
+if TYPE_CHECKING:
+    import yaml
+
+DEFAULT_IDENTITY: Final = "local"
+"""Caller name of whoever uses a mesh on a laptop without saying who they are."""
+CONFIG_NAME: Final = "mesh.yaml"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionSettings:
+    """Where the broker is and as whom to connect."""
+
+    url: str
+    """One address, or several of one cluster separated by commas."""
+    identity: str
+    """Name of the account: an agent, a caller, or a member of the mesh such as `coordinator`."""
+    seed_file: Path | None = None
+    home: Path | None = None
+    """The mesh's home directory, where it is on this machine."""
+
+    @property
+    def inbox_prefix(self) -> str:
+        """First token of all reply subjects of this identity."""
+        return f"_INBOX_{self.identity}"
+
+
+def find_home(start: Path | None = None) -> Path:
+    """The home directory of the mesh here: `WEFT_HOME`, else `.weft` in `start` or the nearest folder above.
+
+    Raises Unavailable when there is none.
+    """
+    named = os.environ.get("WEFT_HOME")
+    if named:
+        home = Path(named).expanduser().absolute()
+        if not home.is_dir():
+            raise Unavailable(f"WEFT_HOME is {home}, which is not a directory; run `mesh up`, or correct WEFT_HOME")
+        return home
+    start = (start or Path.cwd()).absolute()
+    for folder in (start, *start.parents):
+        if (folder / HOME_NAME).is_dir():
+            return folder / HOME_NAME
+    raise Unavailable(
+        f"no mesh in {start} or above it: run `mesh up` in the project folder, "
+        "or set WEFT_HOME, or WEFT_URL and WEFT_SEED_FILE for a mesh elsewhere"
+    )
+
+
+def load_settings(identity: str | None = None, *, home: Path | None = None) -> ConnectionSettings:
+    """How `identity` (default: `WEFT_IDENTITY`, else `local`) connects.
+
+    `home` wins over the environment. Else `WEFT_URL` with `WEFT_SEED_FILE` is a mesh elsewhere; either alone
+    replaces that part of what the home directory says.
+
+    Raises:
+        Unavailable: there is no mesh here, or it is not running.
+        NotAuthenticated: the mesh knows no such identity; the message lists those it knows.
+        InvalidConfig: the environment is contradictory, or a file is damaged.
+    """
+    identity = identity or os.environ.get("WEFT_IDENTITY") or DEFAULT_IDENTITY
+    check_token(identity, "identity")
+    url = seed_file = None
+    if home is None:
+        url = os.environ.get("WEFT_URL") or None
+        seed_file = Path(given).expanduser() if (given := os.environ.get("WEFT_SEED_FILE")) else None
+        if url and seed_file:
+            return ConnectionSettings(url, identity, seed_file, _home_or_none())
+        try:
+            home = find_home()
+        except Unavailable:
+            if url:
+                raise InvalidConfig(
+                    "WEFT_URL is set but WEFT_SEED_FILE is not, and there is no mesh here with keys: "
+                    "set WEFT_SEED_FILE to the file with the identity's seed"
+                ) from None
+            raise
+    paths = Home(home.absolute())
+    if seed_file is None:
+        seed_file = _known_seed(paths, identity)
+    return ConnectionSettings(url or _running_url(paths), identity, seed_file, paths.root)
+
+
+def _home_or_none() -> Path | None:
+    try:
+        return find_home()
+    except Unavailable:
+        return None
+
+
+def _running_url(home: Home) -> str:
+    record = BrokerRecord.read(home)
+    if record is None or not record.alive:
+        raise Unavailable(f"the mesh in {home.root.parent} is not running; start it with `mesh up`")
+    return record.url
+
+
+def _known_seed(home: Home, identity: str) -> Path:
+    names = Accounts.read(home).names
+    if identity in names:
+        return home.seed(identity)
+    if not names:
+        raise Unavailable(f"the mesh in {home.root.parent} was never started; start it with `mesh up`")
+    shown = sorted(name for name in names if name not in MEMBERS) or sorted(names)
+    raise NotAuthenticated(
+        f"the mesh in {home.root.parent} knows no identity {identity!r}{did_you_mean(identity, names)}; "
+        f"it knows {', '.join(shown)}. Add it to `callers` or `agents` in {CONFIG_NAME} and run `mesh up`"
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+# mesh.yaml -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """The embedded broker."""
+
+    port: int = 0
+    """TCP port on 127.0.0.1; 0 takes a free one at the first start and keeps it."""
+    durability: str = "laptop"
+    """Name of a profile in `weft_protocols.resources.DURABILITY`."""
+    max_bytes: int = -1
+    """Limit of the task stream in bytes; -1 for none of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """One agent and how its replicas are run."""
+
+    name: str
+    run: str
+    """`path/to/file.py:attribute` or `package.module:attribute`, relative to the project folder."""
+    replicas: int = 1
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables its processes get on top of the supervisor's."""
+    grace: float = 30.0
+    """Seconds a replica has to finish its tasks when it is stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    """What `mesh.yaml` declares."""
+
+    name: str
+    folder: Path
+    """The project folder: where the file is."""
+    broker: BrokerConfig = BrokerConfig()
+    agents: Mapping[str, AgentConfig] = field(default_factory=dict)
+    callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
+
+
+def load_mesh_config(path: Path) -> MeshConfig:
+    """Read `mesh.yaml`. Raises InvalidConfig naming file, line and field, all mistakes at once."""
+    path = path.absolute()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InvalidConfig(f"there is no {path}; `mesh init` makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path} cannot be read: {error}") from None
+    return parse_mesh_config(text, path=path)
+
+
+def parse_mesh_config(text: str, *, path: Path) -> MeshConfig:
+    """Like `load_mesh_config` for a text; `path` is named in errors and gives the project folder."""
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise InvalidConfig(f"{where}: this is not YAML: {getattr(error, 'problem', None) or error}") from None
+    reader = _Reader(path)
+    config = reader.mesh(root)
+    if reader.mistakes:
+        raise InvalidConfig("\n".join(reader.mistakes))
+    return config
+
+
+class _Reader:
+    """Walks the YAML nodes, which know their lines, and collects all mistakes."""
+
+    def __init__(self, path: Path) -> None:
+        self.mistakes: list[str] = []
+        self._path = path
+
+    def mesh(self, root: yaml.Node | None) -> MeshConfig:
+        fields = self._mapping(root, "", ("name", "broker", "agents", "callers")) if root is not None else {}
+        folder = self._path.parent
+        default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
+        agents = self._agents(fields.get("agents"))
+        return MeshConfig(
+            name=self._value(fields, "name", default, _token),
+            folder=folder,
+            broker=self._broker(fields.get("broker")),
+            agents=agents,
+            callers=self._callers(fields.get("callers"), agents),
+        )
+
+    def _broker(self, node: yaml.Node | None) -> BrokerConfig:
+        if node is None:
+            return BrokerConfig()
+        fields = self._mapping(node, "broker", ("port", "durability", "max_bytes"))
+        base = BrokerConfig()
+        return BrokerConfig(
+            port=self._value(fields, "broker.port", base.port, _integer(0, 65535)),
+            durability=self._value(fields, "broker.durability", base.durability, _durability),
+            max_bytes=self._value(fields, "broker.max_bytes", base.max_bytes, _size),
+        )
+
+    def _agents(self, node: yaml.Node | None) -> dict[str, AgentConfig]:
+        agents: dict[str, AgentConfig] = {}
+        if node is None:
+            return agents
+        for name, entry in self._mapping(node, "agents", None).items():
+            where = f"agents.{name}"
+            try:
+                check_name(name, "agent name")
+            except InvalidName as error:
+                self._mistake(entry, "agents", str(error))
+                continue
+            if (twin := _same_file(name, agents)) is not None:
+                self._mistake(entry, "agents", f"{name!r} and {twin!r} differ only in case; rename one")
+            fields = self._mapping(entry, where, ("run", "replicas", "env", "grace"))
+            if "run" not in fields:
+                self._mistake(entry, where, '`run` is missing; write e.g. run: "agents/analyst.py:agent"')
+            agents[name] = AgentConfig(
+                name,
+                run=self._value(fields, f"{where}.run", "", _run),
+                replicas=self._value(fields, f"{where}.replicas", 1, _integer(0, 1000)),
+                env=self._environment(fields.get("env"), f"{where}.env"),
+                grace=self._value(fields, f"{where}.grace", 30.0, _seconds),
+            )
+        return agents
+
+    def _environment(self, node: yaml.Node | None, where: str) -> dict[str, str]:
+        if node is None or _is_null(node):
+            return {}
+        made: dict[str, str] = {}
+        for name, value in self._mapping(node, where, None).items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                self._mistake(value, where, f"{name!r} cannot be the name of an environment variable")
+            elif (text := self._text(value, f"{where}.{name}")) is not None:
+                made[name] = text
+        return made
+
+    def _callers(self, node: yaml.Node | None, agents: Mapping[str, AgentConfig]) -> tuple[str, ...]:
+        import yaml
+
+        if node is None:
+            return (DEFAULT_IDENTITY,)
+        if not isinstance(node, yaml.SequenceNode):
+            self._mistake(node, "callers", "must be a list of names, e.g. [local]")
+            return ()
+        made: list[str] = []
+        for entry in node.value:
+            name = self._text(entry, "callers")
+            if name is None:
+                continue
+            try:
+                check_name(name, "caller name")
+            except InvalidName as error:
+                self._mistake(entry, "callers", str(error))
+                continue
+            if (twin := _same_file(name, (*agents, *made))) is not None:
+                self._mistake(
+                    entry,
+                    "callers",
+                    f"{name!r} is taken by {twin!r}: every agent and caller needs its own name",
+                )
+            made.append(name)
+        return tuple(made)
+
+    # Values ------------------------------------------------------------------------------------
+
+    def _value(self, fields: Mapping[str, yaml.Node], where: str, default: _T, read: Callable[[str], _T]) -> _T:
+        node = fields.get(where.rpartition(".")[2])
+        if node is None:
+            return default
+        text = self._text(node, where)
+        if text is None:
+            return default
+        try:
+            return read(text)
+        except ValueError as error:
+            self._mistake(node, where, str(error))
+            return default
+
+    def _text(self, node: yaml.Node, where: str) -> str | None:
+        """A scalar as it is written; anything else is a mistake."""
+        import yaml
+
+        if isinstance(node, yaml.ScalarNode) and not _is_null(node):
+            return str(node.value)
+        self._mistake(node, where, "has no value" if _is_null(node) else "must be one value, not a list or a mapping")
+        return None
+
+    def _mapping(self, node: yaml.Node, where: str, known: tuple[str, ...] | None) -> dict[str, yaml.Node]:
+        """Entries of a mapping; unknown (unless `known` is None) and repeated keys are mistakes."""
+        import yaml
+
+        if _is_null(node):
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            self._mistake(node, where, "must be a mapping of `name: value` lines")
+            return {}
+        entries: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+            if known is not None and name not in known:
+                hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+                self._mistake(key, where, f"has no field {name!r}{hint}")
+            elif name in entries:
+                self._mistake(key, where, f"names {name!r} twice; keep one")
+            else:
+                entries[name] = value
+        return entries
+
+    def _mistake(self, node: yaml.Node, where: str, what: str) -> None:
+        place = f"{self._path}:{node.start_mark.line + 1}"
+        self.mistakes.append(f"{place}: {where}: {what}" if where else f"{place}: {what}")
+
+
+# Readers of one value: text in, ValueError with what to do ------------------------------------------
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"{text!r} must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):
+        raise ValueError(f"{text!r} must be a number of seconds, e.g. 30")
+    return float(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}) ?([KMGT]?)i?B?", text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"{text!r} must be a size such as 512MB or 10GB")
+    return int(match[1]) * int(1024 ** " KMGT".index(match[2] or " "))
+
+
+def _durability(text: str) -> str:
+    if text not in DURABILITY:
+        raise ValueError(f"{text!r} is unknown{did_you_mean(text, DURABILITY)}; use one of {', '.join(DURABILITY)}")
+    return text
+
+
+def _run(text: str) -> str:
+    target, colon, attribute = text.rpartition(":")
+    if not colon or not target or not attribute.isidentifier():
+        raise ValueError(f"{text!r} must name a file or module and the agent in it, e.g. agents/analyst.py:agent")
+    return text
+
+
+def _token(text: str) -> str:
+    return check_token(text, "mesh name")
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _same_file(name: str, taken: Iterable[str]) -> str | None:
+    """The taken name whose seed file would be the same one on a file system that ignores case."""
+    return next((other for other in taken if other.lower() == name.lower()), None)
