@@ -8,9 +8,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from a2a.types import a2a_pb2 as pb
+
 from weft.client import content
-from weft.host import takeover
-from weft.host.run import Run, Stop
+from weft.host import values
+from weft.host.run import Run, Stop, sequence_in
 from weft.host.task import Task, call
 from weft_protocols import a2a, records
 from weft_protocols.errors import (
@@ -18,16 +20,16 @@ from weft_protocols.errors import (
     BrokerError,
     Conflict,
     DeadlineExceeded,
-    ExtensionSupportRequired,
     Fail,
     Fenced,
     InvalidAgentResponse,
     InvalidParams,
     Reject,
+    TooLarge,
     UsageError,
     WeftError,
 )
-from weft_protocols.parts import Message, Part, TaskView
+from weft_protocols.parts import Data, Message, Part, TaskView
 from weft_protocols.records import HANDED_BACK, SUSPENDED, DeadLetter
 from weft_protocols.states import State
 
@@ -51,6 +53,8 @@ async def execute(replica: Replica, run: Run) -> None:
     except Fenced as error:
         log.info("task %s: %s", run.task_id, error)
         _forget(replica, run)
+    except TooLarge as error:
+        await _end(replica, run, State.FAILED, str(error))
     except BrokerError as error:
         log.warning("task %s: %s; it will be delivered again", run.task_id, error)
         for ack in run.deliveries:
@@ -71,12 +75,8 @@ async def _refused(run: Run) -> bool:
     work = run.work
     try:
         a2a.check_version(work.headers.get("a2a-version", ""))
-        required = [name for name in work.headers.get("weft-required-extensions", "").split(",") if name]
-        if required:
-            raise ExtensionSupportRequired(f"extensions {required} are not supported")
-        run.parts = tuple(
-            a2a.part_from_proto(part) for part in await content.expand(run.mesh.broker, work.request.message.parts)
-        )
+        parts = await content.expand(run.mesh.broker, work.request.message.parts)
+        run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
         await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
         return True
@@ -107,21 +107,30 @@ async def _attempt(replica: Replica, run: Run) -> None:
         else:
             async with asyncio.timeout(max(0.0, deadline - time.time())):
                 result = await _handler(skill, run, arguments)
-    except TimeoutError as error:
-        if deadline is not None and deadline <= time.time() + 0.01:
-            await _end(replica, run, State.FAILED, "the deadline has passed")
-        else:
-            await _raised(replica, run, error)
     except (Fenced, BrokerError):
         raise
-    except Reject as error:
-        await _end(replica, run, State.REJECTED, str(error))
-    except (Fail, UsageError) as error:
-        await _end(replica, run, State.FAILED, str(error) or type(error).__name__)
-    except Exception as error:  # noqa: BLE001 - the handler's own failure: another attempt or a dead letter
-        await _raised(replica, run, error)
+    except Exception as error:  # noqa: BLE001 - the handler's own failure: an end, another attempt or a dead letter
+        await _failed(replica, run, error)
     else:
         await _completed(replica, run, skill=skill, result=result)
+
+
+async def _failed(replica: Replica, run: Run, error: Exception) -> None:
+    """The handler raised: what it says about the task, unless it was being stopped anyway."""
+    deadline = run.work.deadline
+    if run.stop is not None:
+        # Its clean-up failed, or it made another error of its cancellation.
+        log.info("task %s: the handler raised %r while it was stopped (%s)", run.task_id, error, run.stop.value)
+        _uncancel()
+        await _stopped(replica, run)
+    elif isinstance(error, TimeoutError) and deadline is not None and deadline <= time.time() + 0.01:
+        await _end(replica, run, State.FAILED, "the deadline has passed")
+    elif isinstance(error, Reject):
+        await _end(replica, run, State.REJECTED, str(error))
+    elif isinstance(error, Fail | UsageError):
+        await _end(replica, run, State.FAILED, str(error) or type(error).__name__)
+    else:
+        await _raised(replica, run, error)
 
 
 def _chosen(run: Run) -> tuple[Skill, dict[str, Any]]:
@@ -143,8 +152,8 @@ async def _handler(skill: Skill, run: Run, arguments: dict[str, Any]) -> Any:
 
 async def _completed(replica: Replica, run: Run, *, skill: Skill, result: Any) -> None:
     try:
-        parts = _parts(result)
-    except (TypeError, ValueError) as error:
+        parts = [_to_proto(part) for part in _parts(result)]
+    except UsageError as error:
         wrong = InvalidAgentResponse(f"the handler returned {type(result).__name__}, which is no result: {error}")
         await run.finish(State.FAILED, a2a.parts_of(wrong.message), error=wrong)
         _settle(replica, run)
@@ -153,7 +162,7 @@ async def _completed(replica: Replica, run: Run, *, skill: Skill, result: Any) -
         await run.answer(parts)
     else:
         if parts:
-            await run.artifact(a2a.artifact_to_proto("result", "result", parts))
+            await run.artifact(pb.Artifact(artifact_id="result", name="result", parts=parts))
         await run.finish(State.COMPLETED)
     replica.counters.done += 1
     _settle(replica, run)
@@ -165,13 +174,18 @@ def _parts(result: Any) -> tuple[Part, ...]:
     if isinstance(result, Message):
         return result.parts
     if isinstance(result, TaskView):
-        return tuple(part for artifact in result.artifacts for part in artifact.parts)
-    if hasattr(result, "model_dump"):
-        result = result.model_dump(mode="json")
-    parts = a2a.parts_of(result)
-    for part in parts:
-        a2a.part_to_proto(part)
-    return parts
+        said = result.message.parts if result.message is not None and not result.artifacts else ()
+        return said or tuple(part for artifact in result.artifacts for part in artifact.parts)
+    return a2a.parts_of(result)
+
+
+def _to_proto(part: Part) -> pb.Part:
+    try:
+        return a2a.part_to_proto(part)
+    except UsageError:
+        if not isinstance(part, Data):
+            raise
+        return a2a.part_to_proto(replace(part, data=values.plain(part.data)))
 
 
 async def _end(replica: Replica, run: Run, state: State, text: str) -> None:
@@ -272,11 +286,11 @@ async def _suspended(replica: Replica, run: Run) -> None:
     )
     await run.journal.write(records.MESSAGE_KEY, message.encode())
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
-    await takeover.write_claim(replica.broker, run.agent.name, task_id=run.task_id, claim=claim, expected=run.token)
+    await run.fence.write(claim)
     # An answer that came while this was being written must wake the task; what came before the question is history.
-    late = {given.delivery.ack for given in run.inbox if given.sequence > run.asked}
+    late = {given.sequence for given in run.inbox if given.sequence > run.asked}
     for ack in run.deliveries:
-        if ack in late:
+        if sequence_in(ack) in late:
             replica.again(ack, 0.05)
         else:
             replica.settle(ack)
@@ -285,8 +299,9 @@ async def _suspended(replica: Replica, run: Run) -> None:
 async def _handed_back(replica: Replica, run: Run) -> None:
     """The replica leaves: the next one begins at once, and this attempt does not count."""
     await run.log.settle()
-    claim = replace(run.claim, state=HANDED_BACK, delivery="", at=time.time_ns() // 1_000_000)
-    await takeover.write_claim(replica.broker, run.agent.name, task_id=run.task_id, claim=claim, expected=run.token)
+    # Which delivery is the work stays in the claim: a task that an answer resumed goes on by that answer.
+    claim = replace(run.claim, state=HANDED_BACK, at=time.time_ns() // 1_000_000)
+    await run.fence.write(claim)
     replica.counters.handed_back += 1
     for ack in run.deliveries:
         replica.settle(ack, b"-NAK")

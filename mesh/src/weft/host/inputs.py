@@ -17,7 +17,7 @@ from a2a.types import a2a_pb2 as pb
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
 from weft.host import execute, takeover
-from weft.host.run import Input, Run, Stop, Work
+from weft.host.run import Input, Run, Stop, Work, sequence_in
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, records, subjects
 from weft_protocols import headers as h
@@ -144,10 +144,10 @@ class Inputs:
         """Nobody has claimed a task of this caller: it still waits for its turn, or never was."""
         replica = self._replica
         if not cancel:
-            if delivery.count > 120:
+            if delivery.times > 120:
                 replica.settle(delivery.ack, b"+TERM no such task of this caller")
                 return
-            replica.again(delivery.ack, min(5.0, 0.25 * delivery.count))
+            replica.again(delivery.ack, min(5.0, 0.25 * delivery.times))
             return
         _, _, _, slice_, caller, task_id = delivery.subject.split(".")
         claim = Claim(
@@ -288,11 +288,6 @@ def _reason(data: bytes) -> str:
         return ""
     return str(request.metadata["reason"]) if request.HasField("metadata") and "reason" in request.metadata else ""
 
-
-def sequence_in(ack: str) -> int:
-    """Stream sequence in an acknowledgement subject, 0 where there is none."""
-    tokens = ack.split(".")
-    return int(tokens[5]) if len(tokens) > 5 else 0
 
 
 def _step(agent: str, task_id: str, key: str) -> str:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from weft.core.broker import Broker, Stored, sequence_of
+from weft.host.fence import Fence
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import Conflict, Fenced, TimedOut, Unreachable
@@ -23,7 +24,7 @@ _SCOPE: ContextVar[str] = ContextVar("weft_step_scope", default="")
 class Journal:
     """Records of one task under one claim."""
 
-    def __init__(self, broker: Broker, *, agent: str, task_id: str, fence: bytes, fresh: bool) -> None:
+    def __init__(self, broker: Broker, *, agent: str, task_id: str, fence: Fence, fresh: bool) -> None:
         self._broker = broker
         self._agent = agent
         self._task = task_id
@@ -70,11 +71,13 @@ class Journal:
         deadline = asyncio.get_running_loop().time() + PATIENCE
         attempt = 0
         while True:
+            used = self._fence.lines
             try:
-                ack, _ = await self._broker.publish_once(subject, data, headers=h.block(self._fence, own_id))
+                ack, _ = await self._broker.publish_once(subject, data, headers=h.block(used, own_id))
                 sequence = sequence_of(ack)
-            except Conflict as error:
-                raise Fenced(f"a newer claim owns task {self._task}") from error
+            except Conflict:
+                await self._fence.lost(used)
+                continue
             except (Unreachable, TimedOut) as error:
                 await self._broker.before_retry(attempt, deadline, error)
                 attempt += 1

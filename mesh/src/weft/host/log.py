@@ -1,8 +1,8 @@
 """A task's public log, written under one claim.
 
-Events leave at once and in order, several in flight; each carries its number. The event that stops a task is
-sent only when all before it are acknowledged, so that nothing is ever stored after a terminal event. What the
-broker did not acknowledge is sent again in order; a repeated number is ignored by readers.
+Events leave at once and in order, several in flight; each carries its number. When the outcome of one is
+unknown the claim is renewed, the log is read, and what is not in it is sent again. So every event is stored once,
+in order, and none after the one that ends the task.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Broker, sequence_of
+from weft.host import takeover
+from weft.host.fence import Fence
 from weft_protocols import a2a
 from weft_protocols import headers as h
-from weft_protocols.errors import BrokerError, Conflict, Fenced, TimedOut, TooLarge, Unreachable
+from weft_protocols.errors import BrokerError, Conflict, Fenced, TimedOut, TooLarge, Unreachable, WeftError
 from weft_protocols.resources import STREAM
 from weft_protocols.states import State
 
@@ -27,28 +30,38 @@ PATIENCE: Final = 60.0
 """Seconds a write is tried before the attempt is given up; the task is then delivered again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     n: int
     data: bytes
-    headers: bytes
+    lines: bytes
+    """Header lines besides the condition."""
+    used: bytes = b""
+    """The fence it was sent under."""
 
 
 class EventLog:
-    """Writes events of one task under one claim."""
+    """Writes events of one task under one claim.
+
+    Args:
+        ordered: whether the broker stores one connection's messages in the order they were sent, even if it loses
+            some (a single server does, a cluster that elects a leader does not). Then the event that ends a task
+            leaves together with the last ones before it; otherwise it waits for their acknowledgement.
+        on_failure: told once when nothing more can be written, before anybody awaits it.
+    """
 
     def __init__(
         self,
         broker: Broker,
         *,
         subject: str,
-        fence: bytes,
-        last: int,
+        fence: Fence,
         content_type: str = h.PROTOBUF,
+        ordered: bool = True,
         on_failure: Callable[[BrokerError | Fenced], None],
     ) -> None:
         self.subject = subject
-        self.last = last
+        self.last = 0
         """Number of the last event written."""
         self.last_state = State.UNSPECIFIED
         self.closed = False
@@ -56,6 +69,7 @@ class EventLog:
         self._fence = fence
         self._content_type = content_type
         self._type_line = b"" if content_type == h.PROTOBUF else h.fields({h.CONTENT_TYPE: content_type})
+        self._ordered = ordered
         self._on_failure = on_failure
         self._unacked: dict[int, _Entry] = {}
         self._redo: dict[int, _Entry] = {}
@@ -64,79 +78,63 @@ class EventLog:
 
     async def post(self, event: pb.StreamResponse, *, state: State | None = None, extra: bytes = b"") -> int:
         """Write an event without waiting for its acknowledgement; its number. Raises Fenced after a newer claim."""
-        entry = self._entry(event, state=state, extra=extra)
         if len(self._unacked) >= IN_FLIGHT or self._redo:
             await self.settle()
-        self._raise_failure()
-        self._unacked[entry.n] = entry
-        try:
-            future = self._broker.publish_once(self.subject, entry.data, headers=entry.headers)
-        except (Unreachable, BrokerError):
-            self._lost(entry)
-        else:
-            future.add_done_callback(lambda done: self._answered(entry, done))
+        entry = self._entry(event, label=state.label if state is not None else "", extra=extra)
+        if state is not None:
+            self.last_state = state
+        self._send(entry)
         return entry.n
 
     async def settle(self) -> None:
         """Return when every event so far is stored."""
         while True:
-            self._raise_failure()
+            if self._failure is not None:
+                raise self._failure
             if self._unacked:
-                self._quiet = asyncio.get_running_loop().create_future()
-                await self._quiet
+                if self._quiet is None or self._quiet.done():
+                    self._quiet = asyncio.get_running_loop().create_future()
+                await asyncio.shield(self._quiet)
             elif self._redo:
-                await self._send_again()
+                async with self._fence.renewing:
+                    await self._send_again()
             else:
                 return
 
-    async def finish(self, event: pb.StreamResponse, *, label: str, extra: bytes = b"") -> int:
-        """Write the event that ends the task, after all others; its stream sequence. Nothing follows it."""
-        await self.settle()
-        entry = self._entry(event, state=None, extra=extra + h.fields({h.STATE: label}))
+    async def finish(self, event: pb.StreamResponse, *, label: str, extra: bytes = b"") -> None:
+        """Write the event that ends the task and return when it is stored. Nothing follows it."""
+        if not self._ordered or self._redo:
+            await self.settle()
+        entry = self._entry(event, label=label, extra=extra)
         self.closed = True
-        own_id = h.fields({h.DEDUPLICATION_ID: f"{self.subject}:{entry.n}"})
-        lines = [entry.headers[:-2], own_id]
-        deadline = asyncio.get_running_loop().time() + PATIENCE
-        attempt = 0
-        while True:
-            try:
-                ack, _ = await self._broker.publish_once(self.subject, entry.data, headers=b"".join((*lines, b"\r\n")))
-                sequence = sequence_of(ack)
-                if len(lines) == 2 and b'"duplicate"' in ack and not await self._is_last(entry.n):
-                    # The id was used by somebody else; the fence alone has to do.
-                    lines.pop()
-                    continue
-                return sequence
-            except Conflict as error:
-                raise Fenced(f"a newer claim owns {self.subject}") from error
-            except (Unreachable, TimedOut) as error:
-                await self._broker.before_retry(attempt, deadline, error)
-                attempt += 1
+        self._send(entry)
+        await self.settle()
 
-    async def _is_last(self, n: int) -> bool:
-        stored = await self._broker.last(STREAM, self.subject)
-        return stored is not None and int(h.get(stored.headers, b"Weft-Event") or 0) >= n
-
-    def _entry(self, event: pb.StreamResponse, *, state: State | None, extra: bytes) -> _Entry:
+    def _entry(self, event: pb.StreamResponse, *, label: str, extra: bytes) -> _Entry:
         if self.closed:
             raise Fenced("the task has ended; nothing more can be written to it")
+        if self._failure is not None:
+            raise self._failure
         data = a2a.encode(event, self._content_type)
         if len(data) + 2048 > self._broker.max_payload:
             raise TooLarge(f"an event has {len(data)} bytes and the broker takes {self._broker.max_payload}")
         self.last += 1
-        lines = b"Weft-Event: %d\r\n" % self.last
-        if state is not None:
-            self.last_state = state
-            lines += b"Weft-State: %b\r\n" % state.label.encode()
-        return _Entry(self.last, data, b"".join((b"NATS/1.0\r\n", self._fence, lines, self._type_line, extra, b"\r\n")))
+        state = b"Weft-State: %b\r\n" % label.encode() if label else b""
+        return _Entry(self.last, data, b"".join((b"Weft-Event: %d\r\n" % self.last, state, self._type_line, extra)))
 
-    def _answered(self, entry: _Entry, done: asyncio.Future[tuple[bytes, bytes | None]]) -> None:
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
+    def _send(self, entry: _Entry) -> None:
+        self._unacked[entry.n] = entry
+        entry.used = self._fence.lines
+        headers = b"".join((b"NATS/1.0\r\n", entry.used, entry.lines, b"\r\n"))
+        try:
+            self._broker.publish_then(self.subject, entry.data, headers=headers, then=partial(self._answered, entry))
+        except BrokerError:
+            self._lost(entry)
+
+    def _answered(self, entry: _Entry, ack: bytes, _: bytes | None, error: WeftError | None) -> None:
+        if error is None and b'"error"' in ack:
             try:
-                sequence_of(done.result()[0])
+                sequence_of(ack)
             except BrokerError as refused:
                 error = refused
         if isinstance(error, Unreachable | TimedOut):
@@ -163,17 +161,26 @@ class EventLog:
             self._failure = error
             self._on_failure(error)
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
     async def _send_again(self) -> None:
-        for n in sorted(self._redo):
-            entry = self._redo[n]
+        """Store what is not in the log, each event expecting exactly the one before it."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        attempt = 0
+        while self._redo:
             try:
-                await self._broker.publish(self.subject, entry.data, headers=entry.headers, timeout=PATIENCE)
-            except Conflict as error:
-                failure = Fenced(f"a newer claim owns {self.subject}")
-                self._fail(failure)
-                raise failure from error
-            del self._redo[n]
+                await self._fence.renew()
+                stored = await self._broker.last(STREAM, self.subject)
+                last = takeover.event_number(stored)
+                self._redo = {n: entry for n, entry in self._redo.items() if n > last}
+                expected = stored.seq if stored is not None else 0
+                for n in sorted(self._redo):
+                    entry = self._redo[n]
+                    headers = h.block(h.fields({h.EXPECTED_SEQUENCE: str(expected)}), entry.lines)
+                    ack, _ = await self._broker.publish_once(self.subject, entry.data, headers=headers)
+                    expected = sequence_of(ack)
+                    del self._redo[n]
+            except Fenced as error:
+                self._fail(error)
+                raise
+            except (Conflict, Unreachable, TimedOut) as error:
+                await self._broker.before_retry(attempt, deadline, error)
+                attempt += 1

@@ -25,6 +25,7 @@ from weft.core.supervise import Tasks
 from weft.host import execute, takeover
 from weft.host.agent import Agent
 from weft.host.inputs import Inputs
+from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.run import Run, Stop, Work
@@ -243,7 +244,7 @@ class Replica:
         """Own the task of a creating message; None where there is nothing (more) to do."""
         agent, task_id = self.agent.name, work.task_id
         wanted = self.new_claim(work, delivery.ack)
-        if delivery.count == 1:
+        if delivery.times == 1:
             try:
                 token = await takeover.write_claim(self.broker, agent, task_id=task_id, claim=wanted, expected=0)
                 return self.own(work, wanted, token=token, slot=slot, delivery=delivery.ack)
@@ -301,7 +302,7 @@ class Replica:
                 await self.broker.publish(run.log.subject, a2a.encode(status), headers=headers)
             except Conflict:
                 current = await takeover.last_claim(self.broker, self.agent.name, run.task_id)
-                if current is not None and current[0] != run.token:
+                if current is not None and current[0] != run.fence.token:
                     raise Fenced(f"a newer claim owns task {run.task_id}") from None
                 continue
             run.log.last += 1
@@ -326,7 +327,7 @@ class Replica:
 
     def own(self, work: Work, claim: Claim, *, token: int, slot: SlotHold, delivery: str, fresh: bool = True) -> Run:
         """Begin to own a task under a claim that was stored."""
-        fence = takeover.fence(self.agent.name, work.task_id, token)
+        fence = Fence(self.broker, self.agent.name, task_id=work.task_id, claim=claim, token=token)
         subject = subjects.event(self.agent.name, work.task_id, work.caller, claim.origin)
         accept = work.headers.get("accept", "")
         # Both need the run they report to, which needs them.
@@ -335,7 +336,7 @@ class Replica:
             self.broker,
             subject=subject,
             fence=fence,
-            last=0,
+            ordered=self.durability.ordered,
             content_type=h.JSON if accept.startswith(h.JSON) else h.PROTOBUF,
             on_failure=lambda error: report[0](error),
         )
@@ -344,8 +345,7 @@ class Replica:
             work=work,
             agent=self.agent,
             mesh=self.mesh,
-            claim=claim,
-            token=token,
+            fence=fence,
             replica=self.id,
             log=event_log,
             journal=journal,

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
+from weft.core import blobs
+from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.slots import SlotHold
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
+
+
+def sequence_in(ack: str) -> int:
+    """Stream sequence in an acknowledgement subject, 0 where there is none."""
+    tokens = ack.split(".")
+    return int(tokens[5]) if len(tokens) > 5 else 0
 
 
 class Stop(enum.Enum):
@@ -100,9 +108,7 @@ class Run:
     work: Work
     agent: Agent
     mesh: Mesh
-    claim: Claim
-    token: int
-    """Stream sequence of the claim: the fencing token."""
+    fence: Fence
     replica: str
     log: EventLog
     journal: Journal
@@ -140,11 +146,17 @@ class Run:
         """The task's id."""
         return self.work.task_id
 
+    @property
+    def claim(self) -> Claim:
+        """The claim it runs under."""
+        return self.fence.claim
+
     def interrupt(self, stop: Stop, reason: str = "") -> bool:
         """Stop the handler at its next await; False if it is being stopped already."""
-        if self.ended or (self.stop is not None and self.stop is not Stop.DRAIN):
-            return False
+        if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
+            return False  # the event that ends the task is on its way already
         self.stop, self.stop_reason = stop, reason
+        self.slot.leaving = True
         if self.runner is not None:
             self.runner.cancel(f"task {self.task_id}: {stop.value}")
         return True
@@ -212,8 +224,8 @@ class Run:
 
     async def artifact(self, artifact: pb.Artifact, *, append: bool = False, last_chunk: bool = True) -> int:
         """Write an artifact, or a chunk of one; the event's number."""
-        parts = await content.shrink(self.mesh.broker, artifact.parts)
-        if any(new is not old for new, old in zip(parts, artifact.parts, strict=True)):
+        if artifact.ByteSize() > blobs.LIMIT:
+            parts = await content.shrink(self.mesh.broker, artifact.parts)
             del artifact.parts[:]
             artifact.parts.extend(parts)
         event = pb.StreamResponse()
@@ -228,8 +240,8 @@ class Run:
 
     async def finish(
         self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
-    ) -> int:
-        """Write the terminal event; its stream sequence."""
+    ) -> None:
+        """Write the terminal event; returns when it is stored."""
         extra: dict[str, str] = {}
         metadata: dict[str, Any] | None = None
         if error is not None:
@@ -240,27 +252,22 @@ class Run:
         if dead:
             extra[h.DEAD_LETTER] = "1"
         event = self.status_event(state, parts, metadata=metadata)
-        sequence = await self.log.finish(event, label=state.label, extra=h.fields(extra) if extra else b"")
-        self._close()
-        return sequence
+        self.journal.closed = True
+        await self.log.finish(event, label=state.label, extra=h.fields(extra) if extra else b"")
+        self.ended = True
 
-    async def answer(self, parts: Sequence[Part]) -> int:
-        """End the task with one message and nothing else; its stream sequence."""
+    async def answer(self, parts: Sequence[pb.Part]) -> None:
+        """End the task with one message and nothing else; returns when it is stored."""
         event = pb.StreamResponse()
         message = event.message
         message.message_id = f"{self.work.task_id}-answer"
         message.task_id = self.work.task_id
         message.context_id = self.work.context_id
         message.role = pb.ROLE_AGENT
-        message.parts.extend(await content.shrink(self.mesh.broker, [a2a.part_to_proto(part) for part in parts]))
-        sequence = await self.log.finish(event, label="message")
-        self._close()
-        return sequence
-
-    def _close(self) -> None:
-        self.ended = True
+        message.parts.extend(await content.shrink(self.mesh.broker, parts))
         self.journal.closed = True
-        self.log.closed = True
+        await self.log.finish(event, label="message")
+        self.ended = True
 
     def snapshot(self) -> pb.Task:
         """The task as its events and messages so far describe it."""

@@ -60,6 +60,8 @@ class SlotHold:
         self._slots = slots
         self._waits = 0
         self.held = True
+        self.leaving = False
+        """The task is being stopped: what waits does not need the slot again."""
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
@@ -72,9 +74,14 @@ class SlotHold:
             yield
         finally:
             self._waits -= 1
-            if self._waits == 0 and not self.held:
-                await self._slots.acquire()
-                self.held = True
+            if self._waits == 0 and not self.held and not self.leaving:
+                await self._take_again()
+
+    async def _take_again(self) -> None:
+        await self._slots.acquire()
+        if self.held:
+            self._slots.release()  # another wait of the task ended meanwhile and has it
+        self.held = True
 
     def end(self) -> None:
         """The task is over: give the slot back if it is held."""

@@ -21,15 +21,13 @@ from weft_protocols.states import END_LABELS
 
 log = logging.getLogger("weft.host")
 
+_FIRST = h.block(h.fields({h.EXPECTED_SEQUENCE: "0"}))
+_FENCE = f"{h.EXPECTED_SEQUENCE}: %d\r\n{h.EXPECTED_SUBJECT}: %b\r\n".encode()
+
 
 def fence(agent: str, task_id: str, token: int) -> bytes:
     """Header lines of every write under a claim."""
-    return b"%b: %d\r\n%b: %b\r\n" % (
-        h.EXPECTED_SEQUENCE.encode(),
-        token,
-        h.EXPECTED_SUBJECT.encode(),
-        subjects.claim(agent, task_id).encode(),
-    )
+    return _FENCE % (token, subjects.claim(agent, task_id).encode())
 
 
 async def write_claim(broker: Broker, agent: str, *, task_id: str, claim: Claim, expected: int) -> int:
@@ -38,7 +36,7 @@ async def write_claim(broker: Broker, agent: str, *, task_id: str, claim: Claim,
     Raises:
         Conflict: another claim is the last, and it is not this one stored by an attempt whose answer was lost.
     """
-    headers = h.block(h.fields({h.EXPECTED_SEQUENCE: str(expected)}))
+    headers = _FIRST if expected == 0 else h.block(h.fields({h.EXPECTED_SEQUENCE: str(expected)}))
     data = claim.encode()
     try:
         return await broker.publish(subjects.claim(agent, task_id), data, headers=headers)

@@ -35,6 +35,19 @@ def decode(data: bytes, annotation: Any = inspect.Parameter.empty) -> Any:
     return pydantic.TypeAdapter(annotation).validate_python(value)
 
 
+def plain(value: Any) -> Any:
+    """`value` with every model, dataclass, tuple and set in it as JSON has them; other things stay as they are."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    try:
+        made = _plain(value)
+    except TypeError:
+        return value
+    return plain(made)
+
+
 def digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Digest of a step's input, to notice that a replay called it with another."""
     data = msgpack.packb([args, sorted(kwargs.items())], default=_anything, datetime=True)
@@ -46,8 +59,9 @@ def _plain(value: Any) -> Any:
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if isinstance(value, set | frozenset | tuple):
-        return list(value)
+    if isinstance(value, set | frozenset):
+        # The order of a set differs from process to process; a replay must see the same.
+        return sorted(value, key=repr)
     raise TypeError(f"{type(value).__name__} is not a plain value")
 
 

@@ -1,0 +1,55 @@
+"""What tests of meshes and agents use, imported when first used::
+
+from weft.testing import mesh_for
+
+async def test_my_agent() -> None:
+    async with mesh_for(agent) as mesh:
+        assert (await mesh.send("my-agent", "hello")).text == "hello back"
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.testing.agents import LocalReplica, ReplicaProcess, eventually, mesh_for, running
+    from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+    from weft.testing.stored import StoredTask
+
+_WHERE = {
+    "BrokerMesh": "weft.testing.broker",
+    "LocalReplica": "weft.testing.agents",
+    "ReplicaProcess": "weft.testing.agents",
+    "StoredTask": "weft.testing.stored",
+    "eventually": "weft.testing.agents",
+    "mesh_for": "weft.testing.agents",
+    "running": "weft.testing.agents",
+    "start_test_mesh": "weft.testing.broker",
+    "unique_name": "weft.testing.broker",
+}
+
+__all__ = [
+    "BrokerMesh",
+    "LocalReplica",
+    "ReplicaProcess",
+    "StoredTask",
+    "eventually",
+    "mesh_for",
+    "running",
+    "start_test_mesh",
+    "unique_name",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module 'weft.testing' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

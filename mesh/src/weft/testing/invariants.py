@@ -1,0 +1,353 @@
+"""Laws of a mesh's log, checked over everything that is stored, after whatever happened to its processes.
+
+Of every task:
+
+1. A task that was accepted is in the log, created by exactly one message.
+2. It has exactly one terminal event, once nothing runs any more.
+3. Nothing but a claim is stored after the terminal event.
+4. Events are numbered from 1, each one more than the one before. A hole lies only at a takeover, where the old
+   owner's last events were lost. A number is stored again only as the same event under the same claim, written
+   twice because its acknowledgement was lost.
+5. A step key has one record.
+6. Every event and step was written by the owner: under the claim that was the last one when it was stored.
+7. Claims follow each other: each was written expecting the one before. The attempt grows by one after a claim
+   that held the task, stays after one that handed it back or suspended it, and never falls.
+8. States follow the A2A state machine.
+9. All events of a task are on one subject, so that one reader sees them all.
+
+Of the world outside, where a test recorded it:
+
+10. The result every caller was given is the one in the log.
+11. All tries of one step's body got the same idempotency key, and no two steps the same.
+12. A step that is recorded was tried at least once (records of the host itself, `_…`, aside).
+
+Effects are at least once: a body tried twice breaks no law. `Findings.repeated_effects` counts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from weft.core.broker import Broker, Delivered
+from weft_protocols import headers as h
+from weft_protocols import subjects
+from weft_protocols.errors import InvalidName, WeftError
+from weft_protocols.records import CHILDREN_KEY, HELD, Claim
+from weft_protocols.resources import STREAM
+from weft_protocols.states import BY_LABEL, END_LABELS, MESSAGE, State, may_follow
+
+PAGE: Final = 500
+"""Messages read at a time."""
+PATIENCE: Final = 10.0
+"""Seconds one page may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One message of the log."""
+
+    seq: int
+    subject: str
+    headers: Mapping[str, str]
+    """Lower-case names."""
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One try of a step's body, as the body itself recorded it."""
+
+    task: str
+    step: str
+    idempotency_key: str
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A law that does not hold."""
+
+    law: int
+    task: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"law {self.law}, task {self.task}: {self.text}"
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a check found."""
+
+    violations: list[Violation] = field(default_factory=list)
+    tasks: int = 0
+    events: int = 0
+    steps: int = 0
+    claims: int = 0
+    takeovers: int = 0
+    """Claims after the first of their task."""
+    repeated_events: int = 0
+    repeated_effects: int = 0
+    """Tries of a step's body beyond the first."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tasks} tasks, {self.events} events, {self.steps} steps, {self.claims} claims, "
+            f"{self.takeovers} takeovers, {self.repeated_events} events stored twice, "
+            f"{self.repeated_effects} effects repeated, {len(self.violations)} violations"
+        ]
+        return "\n".join([*lines, *map(str, self.violations[:50])])
+
+
+@dataclass(slots=True)
+class _Task:
+    """What the log says about one task."""
+
+    id: str
+    creations: list[Entry] = field(default_factory=list)
+    claims: list[Entry] = field(default_factory=list)
+    events: list[Entry] = field(default_factory=list)
+    steps: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+
+    def terminal(self) -> list[Entry]:
+        """Terminal events."""
+        return [event for event in self.events if event.headers.get("weft-state") in END_LABELS]
+
+    def owner(self, seq: int) -> Entry | None:
+        """The claim in force just before `seq`."""
+        return max((claim for claim in self.claims if claim.seq < seq), key=lambda claim: claim.seq, default=None)
+
+
+async def read_log(broker: Broker, *, stream: str = STREAM) -> list[Entry]:
+    """Every message of the stream, in order. `broker` must be connected inside account MESH.
+
+    Raises:
+        TimedOut, Unreachable: the broker does not answer.
+    """
+    info = await broker.api(f"STREAM.INFO.{stream}")
+    last, entries = int(info["state"]["last_seq"]), list[Entry]()
+    while not entries or entries[-1].seq < last:
+        page = await _page(broker, stream, entries[-1].seq + 1 if entries else 1)
+        if not page:
+            break
+        entries += page
+    return entries
+
+
+async def _page(broker: Broker, stream: str, start: int) -> list[Entry]:
+    """Up to `PAGE` messages from `start` on, by one direct get of many answers."""
+    found: list[Entry] = []
+    complete = asyncio.Event()
+
+    def take(message: Delivered) -> None:
+        code, _ = h.status(message.headers)
+        if code:  # 204 ends a batch, 404 says there is nothing
+            complete.set()
+            return
+        values = h.parse(message.headers)
+        found.append(Entry(int(values["nats-sequence"]), values["nats-subject"], values, message.data))
+
+    inbox = broker.new_inbox()
+    subscription = await broker.subscribe(inbox, take)
+    try:
+        request = b'{"seq":%d,"batch":%d,"next_by_subj":">"}' % (start, PAGE)
+        broker.send(f"$JS.API.DIRECT.GET.{stream}", request, reply=inbox)
+        async with asyncio.timeout(PATIENCE):
+            await complete.wait()
+    finally:
+        await subscription.close()
+    return found
+
+
+def check(
+    entries: Iterable[Entry],
+    *,
+    accepted: Iterable[str] = (),
+    results: Mapping[str, str] | None = None,
+    effects: Sequence[Effect] | None = None,
+) -> Findings:
+    """Check a log whose tasks have all ended.
+
+    Args:
+        entries: The whole log, in the order of its sequences.
+        accepted: Ids of the tasks that callers were told are accepted.
+        results: The state that each caller was told its task ended in, by task id.
+        effects: All tries of steps' bodies; None where nobody recorded them.
+    """
+    found = Findings()
+    tasks = _by_task(entries, found)
+    for task_id in accepted:
+        if task_id not in tasks:
+            found.violations.append(Violation(1, task_id, "was accepted and is not in the log"))
+    for task in tasks.values():
+        for law, text in (
+            *_created_once(task),
+            *_ends_once(task),
+            *_numbered(task, found),
+            *_steps_once(task),
+            *_written_by_owner(task),
+            *_claims_in_a_chain(task),
+            *_states(task),
+        ):
+            found.violations.append(Violation(law, task.id, text))
+    found.violations += _results(tasks, results or {})
+    if effects is not None:
+        found.violations += _effects(tasks, effects, found)
+    return found
+
+
+def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
+    tasks: dict[str, _Task] = {}
+    for entry in entries:
+        try:
+            parsed = subjects.parse(entry.subject)
+        except InvalidName as error:
+            found.violations.append(Violation(1, "", f"a foreign message is in the log: {error}"))
+            continue
+        task = tasks.setdefault(parsed["task"], _Task(parsed["task"]))
+        if parsed.kind == "task":
+            task.creations.append(entry)
+        elif parsed.kind == "claim":
+            task.claims.append(entry)
+        elif parsed.kind == "event":
+            task.events.append(entry)
+        elif parsed.kind == "step":
+            task.steps[parsed["key"]].append(entry)
+    found.tasks = len(tasks)
+    found.events = sum(len(task.events) for task in tasks.values())
+    found.steps = sum(len(records) for task in tasks.values() for records in task.steps.values())
+    found.claims = sum(len(task.claims) for task in tasks.values())
+    found.takeovers = sum(max(0, len(task.claims) - 1) for task in tasks.values())
+    return tasks
+
+
+def _created_once(task: _Task) -> Iterable[tuple[int, str]]:
+    if len(task.creations) != 1:
+        yield 1, f"is created by {len(task.creations)} messages: {[entry.seq for entry in task.creations]}"
+
+
+def _ends_once(task: _Task) -> Iterable[tuple[int, str]]:
+    terminal = task.terminal()
+    if len(terminal) != 1:
+        last = task.events[-1].headers.get("weft-state", "") if task.events else "nothing"
+        yield 2, f"has {len(terminal)} terminal events (its last event says {last})"
+    if terminal:
+        end = terminal[0].seq
+        for entry in (*task.events, *(record for records in task.steps.values() for record in records)):
+            if entry.seq > end:
+                yield 3, f"{entry.subject} was stored at {entry.seq}, after the terminal event at {end}"
+
+
+def _numbered(task: _Task, found: Findings) -> Iterable[tuple[int, str]]:
+    stored: dict[int, Entry] = {}
+    before: Entry | None = None
+    for event in task.events:
+        text = event.headers.get("weft-event", "")
+        if not text.isdigit() or int(text) < 1:
+            yield 4, f"the event at {event.seq} has the number {text!r}"
+            continue
+        n, last = int(text), max(stored, default=0)
+        taken_over = before is not None and any(before.seq < claim.seq < event.seq for claim in task.claims)
+        if n in stored:
+            same = stored[n].data == event.data and task.owner(stored[n].seq) is task.owner(event.seq)
+            if same:
+                found.repeated_events += 1
+            else:
+                yield 4, f"number {n} was stored at {stored[n].seq} and again, as another event, at {event.seq}"
+        elif n != last + 1 and not (n > last + 1 and taken_over):
+            yield 4, f"number {n} at {event.seq} follows number {last}"
+        stored.setdefault(n, event)
+        before = event
+    if len(on := {event.subject for event in task.events}) > 1:
+        yield 9, f"has events on {len(on)} subjects: {sorted(on)}"
+
+
+def _steps_once(task: _Task) -> Iterable[tuple[int, str]]:
+    for key, records in task.steps.items():
+        if len(records) > 1 and key != CHILDREN_KEY:
+            yield 5, f"step {key} has {len(records)} records, at {[record.seq for record in records]}"
+
+
+def _written_by_owner(task: _Task) -> Iterable[tuple[int, str]]:
+    for entry in (*task.events, *(record for records in task.steps.values() for record in records)):
+        owner = task.owner(entry.seq)
+        if owner is None:
+            yield 6, f"{entry.subject} was stored at {entry.seq}, before any claim"
+            continue
+        fence = entry.headers.get(h.EXPECTED_SEQUENCE.lower(), "")
+        if h.EXPECTED_SUBJECT.lower() in entry.headers:
+            if fence != str(owner.seq):
+                yield 6, f"{entry.subject} at {entry.seq} was written under claim {fence}, the owner's is {owner.seq}"
+        elif entry.headers.get(h.REPLICA.lower()) != _claim(owner).replica:
+            # The event that begins another attempt is fenced by the event before it instead, and says who wrote it.
+            yield 6, f"{entry.subject} at {entry.seq} names no claim, nor the owner's replica"
+
+
+def _claims_in_a_chain(task: _Task) -> Iterable[tuple[int, str]]:
+    before: Entry | None = None
+    for entry in task.claims:
+        expected = entry.headers.get(h.EXPECTED_SEQUENCE.lower(), "none")
+        if expected != str(before.seq if before is not None else 0):
+            yield 7, f"the claim at {entry.seq} was written expecting {expected}, not the claim before"
+        if before is not None:
+            old, new = _claim(before), _claim(entry)
+            same_hold = old.state == HELD and new.replica == old.replica and new.state != HELD
+            wanted = old.attempt if old.state != HELD or same_hold else old.attempt + 1
+            if old.caller == new.caller and new.attempt != wanted:
+                yield 7, f"the claim at {entry.seq} is attempt {new.attempt} after attempt {old.attempt} ({old.state})"
+        before = entry
+
+
+def _claim(entry: Entry) -> Claim:
+    try:
+        return Claim.decode(entry.data)
+    except WeftError:
+        return Claim("?", "", 0, caller="", origin="", context="", slice="", message=0)
+
+
+def _states(task: _Task) -> Iterable[tuple[int, str]]:
+    state = State.UNSPECIFIED
+    for event in task.events:
+        label = event.headers.get("weft-state")
+        if label is None or label == MESSAGE:
+            continue
+        following = BY_LABEL.get(label)
+        if following is None or not may_follow(state, following):
+            yield 8, f"{label} follows {state.label} at {event.seq}"
+        else:
+            state = following
+
+
+def _results(tasks: Mapping[str, _Task], results: Mapping[str, str]) -> Iterable[Violation]:
+    for task_id, told in results.items():
+        task = tasks.get(task_id)
+        stored = [event.headers["weft-state"] for event in task.terminal()] if task is not None else []
+        if told not in stored:
+            yield Violation(10, task_id, f"its caller was told {told}, the log says {stored or 'nothing'}")
+
+
+def _effects(tasks: Mapping[str, _Task], effects: Sequence[Effect], found: Findings) -> Iterable[Violation]:
+    tries = Counter((effect.task, effect.step) for effect in effects)
+    found.repeated_effects = sum(count - 1 for count in tries.values())
+    keys: dict[tuple[str, str], set[str]] = defaultdict(set)
+    steps: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for effect in effects:
+        keys[effect.task, effect.step].add(effect.idempotency_key)
+        steps[effect.idempotency_key].add((effect.task, effect.step))
+    for (task, step), given in keys.items():
+        if len(given) > 1:
+            yield Violation(11, task, f"step {step} was tried with {len(given)} idempotency keys")
+    for key, used in steps.items():
+        if len(used) > 1:
+            yield Violation(11, next(iter(used))[0], f"idempotency key {key} was given to {len(used)} steps")
+    for task_id, of_task in tasks.items():
+        for step in of_task.steps:
+            if not step.startswith("_") and tries[task_id, step] == 0:
+                yield Violation(12, task_id, f"step {step} is recorded, but its body never ran")
+
+
+__all__ = ["Effect", "Entry", "Findings", "Violation", "check", "read_log"]

@@ -1,0 +1,96 @@
+"""What the broker stored about one task: its events, claims and step records, in the order they were stored."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Self
+
+from weft.core.broker import Broker, Stored
+from weft.testing.broker import BrokerMesh
+from weft_protocols import headers as h
+from weft_protocols import subjects
+from weft_protocols.errors import ApiError
+from weft_protocols.events import RawEvent
+from weft_protocols.records import Claim
+from weft_protocols.resources import STREAM
+from weft_protocols.states import END_LABELS
+
+_NO_MESSAGE = 10037
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """The records of one task, each list in the order of the stream."""
+
+    events: tuple[RawEvent, ...]
+    claims: tuple[tuple[int, Claim], ...]
+    """(stream sequence, claim)."""
+    steps: dict[str, tuple[Stored, ...]]
+    """All records of each step key."""
+
+    @classmethod
+    async def read(cls, mesh: BrokerMesh, agent: str, task_id: str) -> Self:
+        """Everything stored about a task until now, whoever it belongs to."""
+        broker = await mesh.connect("coordinator")
+        try:
+            events = await _all(broker, f"mesh.event.{agent}.{task_id}.*.*")
+            claims = await _all(broker, subjects.claim(agent, task_id))
+            steps = await _all(broker, f"mesh.step.{agent}.{task_id}.*")
+        finally:
+            await broker.close()
+        by_key: dict[str, tuple[Stored, ...]] = {}
+        for one in steps:
+            key = one.subject.rpartition(".")[2]
+            by_key[key] = (*by_key.get(key, ()), one)
+        return cls(
+            tuple(RawEvent.of(one.data, one.headers, seq=one.seq) for one in events),
+            tuple((one.seq, Claim.decode(one.data)) for one in claims),
+            by_key,
+        )
+
+    @property
+    def states(self) -> list[str]:
+        """`Weft-State` of the events that have one."""
+        return [event.state for event in self.events if event.state]
+
+    @property
+    def ends(self) -> list[RawEvent]:
+        """The terminal events; a task has exactly one."""
+        return [event for event in self.events if event.state in END_LABELS]
+
+    def check(self) -> None:
+        """Raise AssertionError where the log breaks a promise.
+
+        One terminal event and nothing after it, numbers that never leave a hole, and every event written under
+        the last claim stored before it.
+        """
+        assert len(self.ends) == 1, f"{len(self.ends)} terminal events: {self.states}"  # noqa: S101
+        assert self.events[-1] is self.ends[0], f"events after the terminal one: {self.states}"  # noqa: S101
+        reached = 0
+        for event in self.events:
+            assert event.n <= reached + 1, f"no event {reached + 1} before {event.n}"  # noqa: S101
+            reached = max(reached, event.n)
+            before = [sequence for sequence, _ in self.claims if sequence < event.seq]
+            fence = h.get(event.headers, h.EXPECTED_SEQUENCE.encode())
+            subject = h.get(event.headers, h.EXPECTED_SUBJECT.encode())
+            if subject is not None and fence is not None:
+                assert before, f"event {event.n} was stored before any claim"  # noqa: S101
+                assert int(fence) == before[-1], f"event {event.n} was written under an old claim"  # noqa: S101
+
+
+async def _all(broker: Broker, subject: str) -> list[Stored]:
+    found: list[Stored] = []
+    start = 1
+    while True:
+        try:
+            answer = await broker.api(f"STREAM.MSG.GET.{STREAM}", {"seq": start, "next_by_subj": subject})
+        except ApiError as error:
+            if error.err_code == _NO_MESSAGE:
+                return found
+            raise
+        message = answer["message"]
+        headers = base64.b64decode(message["hdrs"]) if "hdrs" in message else None
+        data = base64.b64decode(message.get("data", ""))
+        found.append(Stored(message["subject"], message["seq"], headers, data, message["time"]))
+        start = message["seq"] + 1

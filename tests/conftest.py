@@ -1,0 +1,46 @@
+"""Shared by every test: the async backend, and real brokers.
+
+`mesh` is one broker for the whole session: take unused names from `unique`, add them, and leave the server
+alone. `fresh_mesh` is a broker of the test's own, to be killed, filled or reconfigured.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own WEFT_* variables must not decide what a test connects to."""
+    for name in [name for name in os.environ if name.startswith("WEFT_") and name != "WEFT_NATS_SERVER"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def unique() -> Callable[[str], str]:
+    """Makes names that no other test uses."""
+    return unique_name
+
+
+@pytest.fixture(scope="session")
+async def mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
+    """The session's broker, with caller `local`."""
+    running = await start_test_mesh()
+    yield running
+    await running.aclose()
+
+
+@pytest.fixture
+async def fresh_mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
+    """A broker of this test's own, with caller `local`."""
+    running = await start_test_mesh()
+    yield running
+    await running.aclose()
