@@ -1,0 +1,1 @@
+"""Ready agents, to run as they are; `library` holds them."""

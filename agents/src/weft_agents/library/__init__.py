@@ -1,0 +1,1 @@
+"""Ready agents, to run as they are or to read as examples."""
