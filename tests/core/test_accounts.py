@@ -18,12 +18,14 @@ from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import headers as h
 from weft_protocols import ids, subjects
 from weft_protocols.accounts import ACK, DIRECT_GET, NEXT
-from weft_protocols.errors import ApiError, Unreachable, WeftError
+from weft_protocols.errors import ApiError, TimedOut, Unreachable
 from weft_protocols.resources import BLOBS, STREAM
 
 pytestmark = pytest.mark.anyio
 
 DEADLINE = 5.0
+SILENCE = 0.5
+"""Seconds to wait for an answer where the server refuses without one."""
 DIGEST = "d" * 64
 NO_WAIT = b'{"batch": 1, "no_wait": true}'
 
@@ -43,9 +45,9 @@ class Cast:
     coordinator: Broker
     task: str
     seen: list[Delivered] = field(default_factory=list)
-    """Everything on `mesh.>` and on the JetStream API inside account MESH."""
+    """Everything on `mesh.>`, and every change of a stream, inside account MESH."""
     at_victor: list[Delivered] = field(default_factory=list)
-    """Everything that reached victor's account."""
+    """Everything on `mesh.>` inside victor's account."""
     at_vera: list[Delivered] = field(default_factory=list)
 
     def name(self, who: str) -> str:
@@ -81,20 +83,30 @@ async def cast(mesh: BrokerMesh) -> AsyncIterator[Cast]:
     await mesh.add_caller(names["eve"], names["vera"])
     await mesh.add_agent(names["mallory"], names["victor"])
     async with contextlib.AsyncExitStack() as stack:
-        brokers = {}
-        for who, name in (*names.items(), ("coordinator", "coordinator")):
-            brokers[who] = await mesh.connect(name)
-            stack.push_async_callback(brokers[who].close)
-        made = Cast(**brokers, task=ids.task_id(names["vera"], names["victor"], "1"))
+
+        async def connect(name: str) -> Broker:
+            broker = await mesh.connect(name)
+            stack.push_async_callback(broker.close)
+            return broker
+
+        made = Cast(
+            mallory=await connect(names["mallory"]),
+            eve=await connect(names["eve"]),
+            victor=await connect(names["victor"]),
+            vera=await connect(names["vera"]),
+            coordinator=await connect("coordinator"),
+            task=ids.task_id(names["vera"], names["victor"], "1"),
+        )
         await made.vera.publish(made.fill("mesh.task.{victor}.00.{vera}.{task}"), b"secret task")
         await made.vera.publish(made.fill("mesh.blob.{vera}.{digest}.0"), b"secret blob")
         await made.victor.publish(made.fill("mesh.claim.{victor}.{task}"), b"secret claim")
         await made.victor.publish(made.fill("mesh.step.{victor}.{task}.one"), b"secret step")
         await made.victor.publish(made.fill("mesh.event.{victor}.{task}.{vera}.o"), b"secret event")
         await made.coordinator.subscribe("mesh.>", made.seen.append)
-        await made.coordinator.subscribe("$JS.API.STREAM.>", made.seen.append)
-        await made.victor.subscribe(">", made.at_victor.append)
-        await made.vera.subscribe(">", made.at_vera.append)
+        for write in ("CREATE", "DELETE", "PURGE", "UPDATE"):
+            await made.coordinator.subscribe(f"$JS.API.STREAM.{write}.>", made.seen.append)
+        await made.victor.subscribe("mesh.>", made.at_victor.append)
+        await made.vera.subscribe("mesh.>", made.at_vera.append)
         await made.settled()
         yield made
 
@@ -202,17 +214,18 @@ async def test_a_request_carries_the_name_of_whoever_sends_it(cast: Cast, who: s
     await serving.close()
 
 
-@pytest.mark.parametrize("who", ["mallory", "eve", "victor"])
-async def test_nobody_outside_the_mesh_can_answer_requests(cast: Cast, who: str) -> None:
+@pytest.mark.parametrize("pattern", ["mesh.rpc.>", "mesh.coord.>", ">"])
+@pytest.mark.parametrize("who", ["mallory", "eve"])
+async def test_nobody_outside_the_mesh_gets_requests_to_answer(cast: Cast, who: str, pattern: str) -> None:
     overheard: list[Delivered] = []
-    if who != "victor":
-        for pattern in ("mesh.rpc.>", "mesh.coord.>", ">"):
-            await cast.broker(who).subscribe(pattern, overheard.append)
-        await cast.broker(who).flush()
-    with pytest.raises(Unreachable):
-        await cast.vera.request(cast.fill("mesh.rpc.{victor}.GetTask.{vera}"), timeout=DEADLINE)
+    listening = await cast.broker(who).subscribe(pattern, overheard.append)
+    await cast.broker(who).flush()
+    for subject in ("mesh.rpc.{victor}.GetTask.{vera}", "mesh.coord.lock.{vera}"):
+        cast.vera.send(cast.fill(subject), b"secret", reply=cast.vera.new_inbox())
+    await cast.settled()
     assert overheard == []
-    assert cast.at_victor == []
+    assert [one.data for one in cast.seen] == [b"secret", b"secret"]
+    await listening.close()
 
 
 FORBIDDEN_HEADERS = {
@@ -233,8 +246,8 @@ async def test_headers_that_erase_or_forge_are_refused_even_on_own_subjects(
     cast: Cast, headers: dict[str, str], code: int
 ) -> None:
     before = await cast.stream()
+    subject = cast.fill("mesh.event.{mallory}.{task}.{vera}.o")
     with pytest.raises(ApiError) as refused:
-        subject = cast.fill("mesh.event.{mallory}.{task}.{vera}.o")
         await cast.mallory.publish(subject, b"x", headers=h.block(h.fields(headers)), timeout=DEADLINE)
     assert refused.value.err_code == code
     assert await cast.stream() == before
@@ -426,11 +439,13 @@ async def test_nobody_overhears_the_others(cast: Cast, pattern: str) -> None:
 
 async def test_everybody_hears_what_is_meant_for_them(cast: Cast) -> None:
     heard: dict[str, list[str]] = {"mallory": [], "eve": []}
-    for who, got in heard.items():
-        await cast.broker(who).subscribe(
-            cast.fill(f"mesh.live.{{{who}}}.>"), lambda one, got=got: got.append(one.subject)
-        )
-    await cast.mallory.subscribe(cast.fill("mesh.ctl.{mallory}.*"), lambda one: heard["mallory"].append(one.subject))
+
+    def hear(who: str) -> Callable[[Delivered], None]:
+        return lambda one: heard[who].append(one.subject)
+
+    for who in heard:
+        await cast.broker(who).subscribe(cast.fill(f"mesh.live.{{{who}}}.>"), hear(who))
+    await cast.mallory.subscribe(cast.fill("mesh.ctl.{mallory}.*"), hear("mallory"))
     await cast.settled()
     await cast.victor.publish(cast.fill("mesh.event.{victor}.{task}.{eve}.o"), b"x")
     await cast.victor.publish(cast.fill("mesh.event.{victor}.{task}.{mallory}.o"), b"x")
@@ -527,10 +542,10 @@ async def test_the_jetstream_api_serves_nobody_outside_the_mesh(cast: Cast, who:
     before = await _inventory(cast)
     body = json.dumps(bodies[operation]).encode() if operation in bodies else b""
     try:
-        answer = json.loads((await cast.broker(who).request(f"$JS.API.{cast.fill(operation)}", body)).data)
-    except Unreachable:
-        answer = {"error": {"err_code": 10039}}
-    assert answer["error"]["err_code"] == 10039, "JetStream not enabled for account"
+        reply = await cast.broker(who).request(f"$JS.API.{cast.fill(operation)}", body, timeout=SILENCE)
+        assert json.loads(reply.data)["error"]["err_code"] == 10039, "JetStream not enabled for account"
+    except (Unreachable, TimedOut):
+        pass
     assert await _inventory(cast) == before
 
 
@@ -538,8 +553,8 @@ async def test_the_jetstream_api_serves_nobody_outside_the_mesh(cast: Cast, who:
     "subject",
     [
         "$SYS.REQ.SERVER.PING.VARZ",
-        "$SYS.REQ.SERVER.PING.CONNZ",
         "$SYS.REQ.SERVER.PING.JSZ",
+        "$SYS.REQ.SERVER.PING.SUBSZ",
         "$SYS.REQ.ACCOUNT.MESH.CONNZ",
         "$SYS.REQ.ACCOUNT.{victor}.CONNZ",
         "$SYS.REQ.ACCOUNT.{victor}.SUBSZ",
@@ -555,6 +570,19 @@ async def test_the_system_account_serves_nobody_outside(cast: Cast, mesh: Broker
     await system.close()
     with pytest.raises(Unreachable):
         await cast.broker(who).request(cast.fill(subject.replace("{server}", server)), b"{}", timeout=DEADLINE)
+
+
+@pytest.mark.parametrize(
+    "subject", ["$SYS.REQ.SERVER.PING.CONNZ", "$SYS.REQ.ACCOUNT.PING.CONNZ", "$SYS.REQ.ACCOUNT.PING.STATZ"]
+)
+@pytest.mark.parametrize("account", ["{mallory}", "{victor}", "MESH", ""])
+async def test_the_system_account_tells_an_account_only_of_itself(cast: Cast, subject: str, account: str) -> None:
+    body = {"auth": True, "subscriptions": True, "acc": cast.fill(account), "accounts": [cast.fill(account)]}
+    answer = (await cast.mallory.request(subject, json.dumps(body).encode(), timeout=DEADLINE)).data.decode()
+    data = json.loads(answer)["data"]
+    listed = {one.get("account", one.get("acc")) for one in data.get("connections", data.get("account_statz"))}
+    assert listed == {cast.name("mallory")}
+    assert [who for who in ("victor", "vera", "eve") if cast.name(who) in answer] == []
 
 
 # Deputies: have the server say it, by naming the victim's subject as the reply ------------------------
@@ -614,7 +642,12 @@ async def _request(cast: Cast, reply: str) -> None:
     cast.mallory.send(cast.fill("mesh.rpc.{victor}.GetTask.{mallory}"), EVIL, reply=reply)
 
 
+async def _statistics(cast: Cast, reply: str) -> None:
+    cast.mallory.send("$SYS.REQ.ACCOUNT.PING.CONNZ", reply=reply)
+
+
 DEPUTIES = (
+    _statistics,
     _direct_get,
     _pull_with_work,
     _pull_without_work,
@@ -703,9 +736,14 @@ async def _pull(broker: Broker, subject: str, batch: int) -> list[Delivered]:
 
 
 async def _inventory(cast: Cast) -> Any:
-    """Names of all streams and consumers."""
-    streams = (await cast.coordinator.api("STREAM.NAMES"))["streams"]
-    return {name: sorted((await cast.coordinator.api(f"CONSUMER.NAMES.{name}"))["consumers"] or []) for name in streams}
+    """All streams with their configuration, and all consumers with what they have delivered."""
+    found: dict[str, Any] = {}
+    for stream in (await cast.coordinator.api("STREAM.NAMES"))["streams"]:
+        found[stream] = (await cast.coordinator.api(f"STREAM.INFO.{stream}"))["config"]
+        for consumer in (await cast.coordinator.api(f"CONSUMER.LIST.{stream}"))["consumers"] or []:
+            if cast.name("mallory") not in consumer["name"]:
+                found[consumer["name"]] = consumer["config"], _without_times(consumer["delivered"])
+    return found
 
 
 async def _written_by_others(cast: Cast) -> dict[str, int]:

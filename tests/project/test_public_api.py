@@ -7,9 +7,36 @@ import pytest
 import weft
 
 PUBLIC_NAMES = [
+    "A2AError",
     "Agent",
+    "Artifact",
+    "Backpressure",
+    "Data",
+    "DeadlineExceeded",
+    "Event",
+    "Fail",
+    "File",
+    "Handle",
+    "Mesh",
+    "Message",
+    "Page",
+    "Reject",
+    "State",
+    "StepOptions",
     "Task",
+    "TaskCanceled",
+    "TaskEnded",
+    "TaskFailed",
+    "TaskInterrupted",
+    "TaskNotFound",
+    "TaskRejected",
+    "TaskView",
+    "Text",
+    "Unavailable",
+    "Unreachable",
+    "WeftError",
     "connect",
+    "current_idempotency_key",
 ]
 
 

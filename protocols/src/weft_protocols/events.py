@@ -12,8 +12,9 @@ from weft_protocols import a2a
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, FieldViolation, ParseError
 
-
-_WANTED: Final = re.compile(rb"\r\n(weft-event|weft-state|content-type|a2a-error):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.I)
+_WANTED: Final = re.compile(
+    rb"\r\n(weft-event|weft-state|content-type|a2a-error):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.I
+)
 """What every reader needs of an event's headers, in one pass: this is done for each event that arrives."""
 
 

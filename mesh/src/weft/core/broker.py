@@ -147,7 +147,7 @@ class Broker:
         self.failure: BrokerError | None = None
         """Why it ended, where it was not asked to."""
         self._wire = Wire()
-        self._wire.handler_failed = lambda error: log.error("the function a message was handed to failed", exc_info=error)
+        self._wire.handler_failed = lambda error: log.error("what a message was handed to failed", exc_info=error)
         self._reconnected: list[Callable[[], None]] = []
         self._lost: list[Callable[[], None]] = []
         self._wire.requests_lost = self._tell_lost

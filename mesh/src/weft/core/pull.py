@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Self
 
 from weft.core.broker import Broker, Subscription
+from weft.core.supervise import Tasks
 from weft_protocols import headers as h
 from weft_protocols.accounts import ACK, NEXT
 from weft_protocols.errors import BrokerError
@@ -49,26 +50,48 @@ class Delivery(NamedTuple):
 
 
 class PullLoop:
-    """Asks a consumer for as many messages as its owner has room for."""
+    """Asks a consumer for as many messages as its owner has room for.
 
-    def __init__(self, broker: Broker, *, stream: str, consumer: str, handler: Callable[[Delivery], None]) -> None:
+    Args:
+        handler: gets each message, from the reader; must not block.
+        expires: seconds the server keeps a pull open.
+        heartbeat: seconds between its signs of life; silence of two and a half of them counts as lost.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        stream: str,
+        consumer: str,
+        handler: Callable[[Delivery], None],
+        expires: float = EXPIRES,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
         self._broker = broker
         self._next = f"{NEXT}.{stream}.{consumer}"
         self._handler = handler
-        self._inbox = broker.new_inbox()
+        self._heartbeat = heartbeat
+        self._terms = {"expires": int(expires * SECOND), "idle_heartbeat": int(heartbeat * SECOND)}
+        self._inbox = ""
         self._subscription: Subscription | None = None
+        self._opener = Tasks(f"pull on {consumer}")
+        self._open_now = False
+        self._doubtful = False
+        """Whether pulls may be open that are not counted, or counted that are not open: nothing more is asked."""
         self._wanted = 0
         self._asked = 0
         self._heard = 0.0
+        self._troubled = False
         self._timer: asyncio.TimerHandle | None = None
-        self._generation = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._undo: Callable[[], None] = lambda: None
         self._stopped = False
 
     async def start(self) -> Self:
         """Begin to listen. Nothing is asked for before `want`."""
-        self._subscription = await self._broker.subscribe_raw(f"{self._inbox}.*", self._on_message)
-        self._broker.on_reconnect(self._restart)
-        self._heard = asyncio.get_running_loop().time()
+        await self._open()
+        self._undo = self._broker.on_reconnect(self._doubt)
         self._watch()
         return self
 
@@ -80,19 +103,23 @@ class PullLoop:
             self._ask(missing)
 
     async def stop(self) -> None:
-        """Ask for nothing more. What the server still delivers to an open pull goes to the handler until then."""
+        """Ask for nothing more. What the server has sent to an open pull by then still goes to the handler."""
         self._stopped = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._subscription is not None:
-            await self._subscription.close()
+        self._undo()
+        for timer in (self._timer, self._retry):
+            if timer is not None:
+                timer.cancel()
+        await self._opener.aclose()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.drain()
 
     def _ask(self, batch: int) -> None:
-        if self._stopped or not self._broker.connected:
+        if not self._open_now or self._doubtful or self._stopped or not self._broker.connected:
             return
-        body = {"batch": batch, "expires": int(EXPIRES * SECOND), "idle_heartbeat": int(HEARTBEAT * SECOND)}
+        body = json.dumps({"batch": batch, **self._terms}).encode()
         try:
-            self._broker.send(self._next, json.dumps(body).encode(), reply=f"{self._inbox}.{self._generation}")
+            self._broker.send(self._next, body, reply=f"{self._inbox}.{batch}")
         except BrokerError as error:
             log.debug("could not pull: %s", error)
             return
@@ -101,39 +128,68 @@ class PullLoop:
         self._asked += batch
 
     def _on_message(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        self._heard = asyncio.get_running_loop().time()
         if reply.startswith(_ACK_PREFIX):
-            self._heard = asyncio.get_running_loop().time()
             self._asked = max(0, self._asked - 1)
             self._handler(Delivery(subject.decode(), bytes(data), headers, reply.decode()))
             return
-        # Only a status message arrives on the inbox itself, whose last token is the generation of its pull.
-        if not subject.endswith(b".%d" % self._generation):
-            return
-        self._heard = asyncio.get_running_loop().time()
+        # Only a status message arrives on the inbox itself, whose last token is the batch of its pull.
         code, text = h.status(headers)
-        if code == 100:
-            return
-        unused = h.get(headers, b"Nats-Pending-Messages")
-        self._asked = max(0, self._asked - int(unused)) if unused is not None else 0
-        if code not in (404, 408):
-            log.warning("pull on %s ended: %s %s", self._next, code, text)
-        asyncio.get_running_loop().call_later(0.02 if code == 408 else 0.5, self._again)
+        if code != 100:
+            unused = h.get(headers, b"Nats-Pending-Messages") or subject.rpartition(b".")[2]
+            self._asked = max(0, self._asked - int(unused))
+        if code in (100, 404, 408):
+            pause = 0.02
+            if self._troubled:
+                self._troubled = False
+                log.info("pull on %s works again", self._next)
+        else:
+            pause = 0.5
+            log.log(logging.DEBUG if self._troubled else logging.WARNING, "pull on %s: %d %s", self._next, code, text)
+            self._troubled = True
+        if code != 100 and self._retry is None and not self._stopped:
+            self._retry = asyncio.get_running_loop().call_later(pause, self._again)
 
     def _again(self) -> None:
+        self._retry = None
         self.want(self._wanted)
 
-    def _restart(self) -> None:
-        self._generation += 1
-        self._asked = 0
+    def _doubt(self) -> None:
+        """The server may have forgotten the open pulls, or may still serve them: begin with new ones."""
+        self._doubtful = True
+        if len(self._opener) == 0 and not self._stopped:
+            self._opener.start(self._reopen())
+
+    async def _reopen(self) -> None:
+        try:
+            while self._doubtful and self._broker.connected:
+                await self._open()
+        except BrokerError as error:
+            log.debug("pull on %s stays closed for now: %s", self._next, error)
+            return
         self.want(self._wanted)
+
+    async def _open(self) -> None:
+        """Listen on an inbox of its own, so that pulls made before can bring nothing more: nobody listens to them."""
+        self._open_now = self._doubtful = False
+        if self._subscription is not None:
+            await self._subscription.drain()
+        self._inbox = self._broker.new_inbox()
+        self._subscription = await self._broker.subscribe_raw(f"{self._inbox}.*", self._on_message)
+        self._asked = 0
+        self._open_now = True
 
     def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         silent = loop.time() - self._heard
-        if self._asked and silent > 2.5 * HEARTBEAT and self._broker.connected:
+        if len(self._opener):
+            log.debug("pull on %s is being opened", self._next)
+        elif self._doubtful or not self._open_now:
+            self._doubt()
+        elif self._asked and silent > 2.5 * self._heartbeat and self._broker.connected:
             log.warning("pull on %s is silent for %.0f s; asking again", self._next, silent)
-            self._restart()
+            self._doubt()
         elif not self._asked:
             self.want(self._wanted)
         if not self._stopped and not self._broker.closed.is_set():
-            self._timer = loop.call_later(HEARTBEAT / 2, self._watch)
+            self._timer = loop.call_later(self._heartbeat / 2, self._watch)

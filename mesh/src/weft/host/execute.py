@@ -12,6 +12,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.host import values
+from weft.host.owner import Owner
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.task import Task, call
 from weft_protocols import a2a, records
@@ -35,7 +36,6 @@ from weft_protocols.states import State
 
 if TYPE_CHECKING:
     from weft.host.agent import Skill
-    from weft.host.replica import Replica
 
 log = logging.getLogger("weft.host")
 
@@ -43,7 +43,7 @@ PAUSES: Final = (0.5, 2.0, 5.0, 15.0, 30.0)
 """Seconds before the next attempt after one that raised."""
 
 
-async def execute(replica: Replica, run: Run) -> None:
+async def execute(replica: Owner, run: Run) -> None:
     """Run a task to where it stops: its end, a question, a hand-back, or another replica's claim."""
     try:
         if await _refused(run):
@@ -89,7 +89,7 @@ async def _refused(run: Run) -> bool:
     return False
 
 
-async def _attempt(replica: Replica, run: Run) -> None:
+async def _attempt(replica: Owner, run: Run) -> None:
     try:
         skill, arguments = _chosen(run)
     except InvalidParams as error:
@@ -115,7 +115,7 @@ async def _attempt(replica: Replica, run: Run) -> None:
         await _completed(replica, run, skill=skill, result=result)
 
 
-async def _failed(replica: Replica, run: Run, error: Exception) -> None:
+async def _failed(replica: Owner, run: Run, error: Exception) -> None:
     """The handler raised: what it says about the task, unless it was being stopped anyway."""
     deadline = run.work.deadline
     if run.stop is not None:
@@ -150,7 +150,7 @@ async def _handler(skill: Skill, run: Run, arguments: dict[str, Any]) -> Any:
     return await call(skill.handler, (), arguments)
 
 
-async def _completed(replica: Replica, run: Run, *, skill: Skill, result: Any) -> None:
+async def _completed(replica: Owner, run: Run, *, skill: Skill, result: Any) -> None:
     try:
         parts = [_to_proto(part) for part in _parts(result)]
     except UsageError as error:
@@ -188,14 +188,14 @@ def _to_proto(part: Part) -> pb.Part:
         return a2a.part_to_proto(replace(part, data=values.plain(part.data)))
 
 
-async def _end(replica: Replica, run: Run, state: State, text: str) -> None:
+async def _end(replica: Owner, run: Run, state: State, text: str) -> None:
     await run.cancel_children(text)
     await run.finish(state, a2a.parts_of(text) if text else ())
     replica.counters.failed += 1
     _settle(replica, run)
 
 
-async def _raised(replica: Replica, run: Run, error: BaseException) -> None:
+async def _raised(replica: Owner, run: Run, error: BaseException) -> None:
     """The handler raised: another attempt after a pause, or a dead letter when there are none left."""
     log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -231,7 +231,7 @@ async def _give_up(run: Run, text: str, *, error: str) -> None:
     await run.finish(State.FAILED, a2a.parts_of(text), dead=True)
 
 
-async def _stopped(replica: Replica, run: Run) -> None:
+async def _stopped(replica: Owner, run: Run) -> None:
     """The handler was stopped from outside."""
     try:
         if run.stop is Stop.CANCEL:
@@ -254,7 +254,7 @@ async def _stopped(replica: Replica, run: Run) -> None:
             replica.again(ack, 1.0)
 
 
-async def _cancelled(replica: Replica, run: Run) -> None:
+async def _cancelled(replica: Owner, run: Run) -> None:
     if run.ended:
         return
     await run.cancel_children(run.stop_reason or "the parent was cancelled")
@@ -262,7 +262,7 @@ async def _cancelled(replica: Replica, run: Run) -> None:
     _settle(replica, run)
 
 
-async def force_cancel(replica: Replica, run: Run) -> None:
+async def force_cancel(replica: Owner, run: Run) -> None:
     """End a task whose handler did not stop in time after its cancel. The handler can write nothing any more."""
     if run.ended or replica.live.get(run.task_id) is not run:
         return
@@ -277,7 +277,7 @@ async def force_cancel(replica: Replica, run: Run) -> None:
     replica.disown(run)
 
 
-async def _suspended(replica: Replica, run: Run) -> None:
+async def _suspended(replica: Owner, run: Run) -> None:
     """The task waits for an answer: it leaves memory, its claim says what wakes it."""
     await run.log.settle()
     work = run.work
@@ -296,7 +296,7 @@ async def _suspended(replica: Replica, run: Run) -> None:
             replica.settle(ack)
 
 
-async def _handed_back(replica: Replica, run: Run) -> None:
+async def _handed_back(replica: Owner, run: Run) -> None:
     """The replica leaves: the next one begins at once, and this attempt does not count."""
     await run.log.settle()
     # Which delivery is the work stays in the claim: a task that an answer resumed goes on by that answer.
@@ -307,14 +307,14 @@ async def _handed_back(replica: Replica, run: Run) -> None:
         replica.settle(ack, b"-NAK")
 
 
-def _settle(replica: Replica, run: Run) -> None:
+def _settle(replica: Owner, run: Run) -> None:
     """The task has ended: everything delivered for it is done."""
     for ack in run.deliveries:
         replica.settle(ack)
     run.deliveries.clear()
 
 
-def _forget(replica: Replica, run: Run) -> None:
+def _forget(replica: Owner, run: Run) -> None:
     """Somebody else owns the task: only stop signing."""
     for ack in run.deliveries:
         replica.settle(ack, b"")

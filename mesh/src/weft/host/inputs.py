@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
 from weft.host import execute, takeover
+from weft.host.owner import Owner
 from weft.host.run import Input, Run, Stop, Work, sequence_in
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, records, subjects
@@ -25,9 +26,6 @@ from weft_protocols.errors import A2AError, BrokerError, InvalidRequest, TimedOu
 from weft_protocols.records import SUSPENDED, Claim, Control, StoredMessage
 from weft_protocols.resources import STREAM
 from weft_protocols.states import State
-
-if TYPE_CHECKING:
-    from weft.host.replica import Replica
 
 log = logging.getLogger("weft.host")
 
@@ -39,7 +37,7 @@ TAKEN: Final = b"taken"
 class Inputs:
     """The input lane of one replica."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Owner) -> None:
         self._replica = replica
 
     async def take(self, delivery: Delivery) -> None:
@@ -287,7 +285,6 @@ def _reason(data: bytes) -> str:
     except A2AError:
         return ""
     return str(request.metadata["reason"]) if request.HasField("metadata") and "reason" in request.metadata else ""
-
 
 
 def _step(agent: str, task_id: str, key: str) -> str:

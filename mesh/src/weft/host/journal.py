@@ -14,7 +14,7 @@ from weft.core.broker import Broker, Stored, sequence_of
 from weft.host.fence import Fence
 from weft_protocols import headers as h
 from weft_protocols import subjects
-from weft_protocols.errors import Conflict, Fenced, TimedOut, Unreachable
+from weft_protocols.errors import Conflict, Fenced, TimedOut, TooLarge, Unreachable
 from weft_protocols.resources import STREAM
 
 PATIENCE: Final = 60.0
@@ -44,6 +44,12 @@ class Journal:
         self._ordinals[base] = count + 1
         return base if count == 0 else f"{base}-{count}"
 
+    def rewind(self, step: str) -> None:
+        """A step's body is tried again: the steps inside it have the keys they had, and records to be found."""
+        self.fresh = False
+        for name in [name for name in self._ordinals if name.startswith(f"{step}/")]:
+            del self._ordinals[name]
+
     async def read(self, key: str) -> Stored | None:
         """The record of a key, or None."""
         if self.fresh:
@@ -55,9 +61,12 @@ class Journal:
 
         Raises:
             Fenced: a newer claim owns the task.
+            TooLarge: the broker does not take that much in one message.
         """
         if self.closed:
             raise Fenced("the task has ended; nothing more can be written to it")
+        if len(data) + 2048 > self._broker.max_payload:
+            raise TooLarge(f"record {key!r} has {len(data)} bytes and the broker takes {self._broker.max_payload}")
         subject = self._subject(key)
         own_id = h.fields({h.DEDUPLICATION_ID: f"{subject}:step"})
         return await self._publish(subject, data, own_id)

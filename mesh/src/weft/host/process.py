@@ -21,7 +21,7 @@ from weft.core.supervise import Tasks
 from weft.host.agent import Agent
 from weft.host.loading import load_agent
 from weft.host.replica import Replica
-from weft_protocols.errors import BrokerError, InvalidConfig, Unavailable, WeftError
+from weft_protocols.errors import BrokerError, InvalidConfig, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import DURABILITY, Durability
 
 log = logging.getLogger("weft.host")
@@ -116,21 +116,21 @@ def _watch_parent(replica: Replica) -> None:
 
 async def _report(replica: Replica) -> None:
     """Register with the coordinator and report to it. Its absence is no error: nothing here depends on it."""
-    registered = False
+    registered, refused = False, ""
     while True:
         try:
             if not registered:
                 await coordinator.register(replica.broker, _registration(replica))
-                registered = True
-            await coordinator.heartbeat(replica.broker, replica.agent.name, _heartbeat(replica))
-        except Unavailable:
+            registered = await coordinator.heartbeat(replica.broker, replica.agent.name, _heartbeat(replica))
+            refused = ""
+        except (Unavailable, Unreachable, TimedOut) as error:
             registered = False
-        except BrokerError as error:
             log.debug("could not report: %s", error)
-            registered = False
         except WeftError as error:
-            log.error("the coordinator refused this replica: %s", error)
             registered = False
+            if str(error) != refused:
+                log.error("the coordinator refused this replica: %s", error)
+            refused = str(error)
         await asyncio.sleep(HEARTBEAT)
 
 

@@ -12,8 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from a2a.types import a2a_pb2 as pb
@@ -24,10 +23,11 @@ from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
 from weft.host import execute, takeover
 from weft.host.agent import Agent
-from weft.host.inputs import Inputs
 from weft.host.fence import Fence
+from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
+from weft.host.owner import Counters
 from weft.host.run import Run, Stop, Work
 from weft.host.slots import SlotHold, Slots
 from weft_protocols import a2a, ids, subjects
@@ -41,17 +41,6 @@ log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
 """Follow-ups and cancels a replica takes at a time; they need no slot."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a replica did since it started."""
-
-    done: int = 0
-    failed: int = 0
-    handed_back: int = 0
-    last_progress: float = 0.0
-    """Unix seconds of the last event, step or result."""
 
 
 class Replica:
@@ -375,7 +364,7 @@ class Replica:
         """Run a task to where it stops, and settle what was delivered for it."""
         await execute.execute(self, run)
 
-    def background(self, work: Any, *, name: str) -> None:
+    def background(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
         """Run something of this replica's in the background."""
         self._tasks.start(work, name=name)
 

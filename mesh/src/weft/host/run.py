@@ -168,6 +168,24 @@ class Run:
         self.history.append(given.proto)
         self.arrived.set()
 
+    def knows(self, message_id: str) -> bool:
+        """Whether a message of the caller is known already: it was delivered before, or is recorded."""
+        return any(message.message_id == message_id for message in self.history)
+
+    def recall(self, answer: pb.Message) -> None:
+        """An answer that an earlier attempt recorded: should it be delivered again, it is history."""
+        if not self.knows(answer.message_id):
+            self.history.append(answer)
+        for given in [given for given in self.inbox if given.proto.message_id == answer.message_id]:
+            self.inbox.remove(given)
+            self.consumed(given)
+
+    def rest(self) -> None:
+        """One step, child or timer is over: where it was the last, a waiting question may suspend the task."""
+        self.busy -= 1
+        if self.busy == 0:
+            self.arrived.set()
+
     def consumed(self, given: Input) -> None:
         """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""
         if given.delivery.ack in self.deliveries[1:]:
@@ -276,11 +294,14 @@ class Run:
         task.context_id = self.work.context_id
         return task
 
-    async def save_snapshot(self) -> str:
-        """Store the folded task; the key the next event names."""
+    async def save_snapshot(self) -> bytes:
+        """Store the folded task; header lines by which the next event names it, none where it is too large."""
         key = f"{records.SNAPSHOT_KEY}-{self.log.last + 1}"
-        await self.journal.write(key, self.snapshot().SerializeToString())
-        return subjects.step_token(key)
+        data = self.snapshot().SerializeToString()
+        if len(data) > 2 * blobs.LIMIT:
+            return b""  # readers then fold the events themselves
+        await self.journal.write(key, data)
+        return h.fields({h.SNAPSHOT: subjects.step_token(key)})
 
     async def refuse(self, error: A2AError, message_id: str) -> None:
         """Tell the sender of a follow-up that it was refused, without changing the task's state."""
@@ -308,11 +329,17 @@ class Run:
     async def cancel_children(self, reason: str) -> None:
         """Send every unfinished child its cancel. The cancels are durable; nobody waits for their effect."""
         await self.recall_children()
-        for task_id, child in self.children.items():
-            if not child.done:
-                await self.mesh.send_cancel(
-                    child.agent, task_id, context_id=child.context, message_id=child.message_id, reason=reason
-                )
+        for task_id in list(self.children):
+            await self.cancel_child(task_id, reason)
+
+    async def cancel_child(self, task_id: str, reason: str) -> None:
+        """Send one child its cancel, unless it is done."""
+        child = self.children[task_id]
+        if not child.done:
+            await self.mesh.send_cancel(
+                child.agent, task_id, context_id=child.context, message_id=child.message_id, reason=reason
+            )
+            child.done = True
 
     def failed_write(self, error: BrokerError | Fenced) -> None:
         """An event could not be stored: stop the handler, whoever owns the task goes on."""

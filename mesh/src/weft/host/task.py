@@ -24,13 +24,13 @@ from weft_protocols import a2a, ids, records
 from weft_protocols import headers as h
 from weft_protocols.errors import (
     DeadlineExceeded,
-    Fail,
     StepChanged,
     TaskCanceled,
     TaskEnded,
     TaskFailed,
     TaskInterrupted,
     TaskRejected,
+    WeftError,
 )
 from weft_protocols.parts import File, Message, Part, TaskView
 from weft_protocols.records import StepRecord
@@ -216,7 +216,7 @@ class Task:
         options: StepOptions | None,
     ) -> Any:
         run = self._run
-        returns = inspect.get_annotations(fn, eval_str=True).get("return", inspect.Parameter.empty)
+        returns = values.returns(fn)
         digest = values.digest(args, kwargs)
         stored = await run.journal.read(key)
         if stored is not None:
@@ -224,11 +224,9 @@ class Task:
         started = time.monotonic()
         run.busy += 1
         try:
-            result, tries = await _try(
-                key, fn, args=args, kwargs=kwargs, options=options or StepOptions(), task=self.id
-            )
+            result, tries = await _try(key, fn, args=args, kwargs=kwargs, options=options or StepOptions(), run=run)
         finally:
-            run.busy -= 1
+            run.rest()
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:
             value = values.encode({"weft.blob": (await blobs.put(run.mesh.broker, value)).url}, where=key)
@@ -243,12 +241,11 @@ class Task:
                 f"step {record.key!r} of task {self.id} is recorded with another input: give steps inside loops keys "
                 "of their own, and keep what decides their input in steps as well"
             )
-        plain = values.decode(record.value)
+        value = record.value
+        plain = values.decode(value)
         if isinstance(plain, dict) and plain.keys() == {"weft.blob"}:
-            return values.decode(
-                await blobs.get(self._run.mesh.broker, blobs.BlobRef.parse(plain["weft.blob"])), returns
-            )
-        return values.decode(record.value, returns)
+            value = await blobs.get(self._run.mesh.broker, blobs.BlobRef.parse(plain["weft.blob"]))
+        return values.decode(value, returns, where=f"the result of step {record.key!r}")
 
     def delegate(
         self,
@@ -298,14 +295,18 @@ class Task:
                 message,
                 message_id=message_id,
                 deadline=left,
-                headers={h.CHAIN: self._chain()},
+                headers=self._passed_on(),
                 **options,
             )
             async with handle, run.slot.waiting():
                 view = await handle.result(None if left is None else left + 5.0)
                 task = handle._watched.watch.task()
+        except asyncio.CancelledError:
+            if run.stop is None:
+                await run.cancel_child(child_id, "its parent does not wait for it any more")
+            raise
         finally:
-            run.busy -= 1
+            run.rest()
         if view.state.terminal:
             child.done = True
             if task.ByteSize() <= blobs.LIMIT * 2:
@@ -320,6 +321,10 @@ class Task:
                 tasks = [group.create_task(_awaited(item)) for item in work]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
+        finally:
+            for item in work:
+                if inspect.iscoroutine(item):
+                    item.close()  # one that was cancelled before it began would complain
         return [task.result() for task in tasks]
 
     async def sleep(self, seconds: float) -> None:
@@ -337,7 +342,7 @@ class Task:
             async with run.slot.waiting():
                 await asyncio.sleep(max(0.0, until - time.time()))
         finally:
-            run.busy -= 1
+            run.rest()
 
     async def ask(self, question: Any, *, timeout: float | None = None, auth: bool = False, **metadata: Any) -> Message:
         """Ask the caller and wait for the answer (`input-required`, or `auth-required` with `auth`).
@@ -353,16 +358,20 @@ class Task:
         key = run.journal.key(records.ANSWER_KEY)
         stored = await run.journal.read(key)
         if stored is not None:
-            return a2a.message_from_proto(pb.Message.FromString(stored.data))
-        if run.resumed is not None and run.claim.waiting == key:
-            given, run.resumed = run.resumed, None
+            answer = pb.Message.FromString(stored.data)
+            run.recall(answer)
+            return a2a.message_from_proto(answer)
+        given = run.resumed if run.claim.waiting == key else None
+        if given is not None and not run.knows(given.proto.message_id):
+            run.resumed = None
+            run.history.append(given.proto)
         else:
-            asked, _ = await run.journal.write(f"{key}-asked", b"")
+            before = await run.journal.read(f"{key}-asked")
+            asked = before.seq if before is not None else (await run.journal.write(f"{key}-asked", b""))[0]
             state = State.AUTH_REQUIRED if auth else State.INPUT_REQUIRED
             event = run.status_event(state, a2a.parts_of(question), metadata=metadata or None)
             run.note(event)
-            named = h.fields({h.SNAPSHOT: await run.save_snapshot()})
-            await run.log.post(event, state=state, extra=named)
+            await run.log.post(event, state=state, extra=await run.save_snapshot())
             await run.log.settle()
             given = await self._answer(key, after=asked, timeout=timeout)
         _, winner = await run.journal.write(key, given.proto.SerializeToString())
@@ -399,10 +408,15 @@ class Task:
             raise DeadlineExceeded(f"the deadline of task {self.id} has passed")
         return given if own is None else own if given is None else min(own, given)
 
-    def _chain(self) -> str:
-        before = self._run.work.headers.get("weft-chain", "")
-        own = f"{self._run.work.agent}/{self.id}"
-        return f"{before},{own}" if before else own
+    def _passed_on(self) -> dict[str, str]:
+        """Headers of a child: the delegation chain with this task at its end, and the trace it belongs to."""
+        own = self._run.work.headers
+        before, this = own.get("weft-chain", ""), f"{self._run.work.agent}/{self.id}"
+        passed = {h.CHAIN: f"{before},{this}" if before else this}
+        for name in (h.TRACEPARENT, h.TRACESTATE):
+            if own.get(name):
+                passed[name] = own[name]
+        return passed
 
 
 async def _awaited(item: Awaitable[Any]) -> Any:
@@ -416,30 +430,39 @@ async def _try(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: StepOptions,
-    task: str,
+    run: Run,
 ) -> tuple[Any, int]:
     """The result of a step's body and how many tries it took."""
-    idempotency_key = ids.idempotency_key(task, key)
+    idempotency_key = ids.idempotency_key(run.task_id, key)
     if "idempotency_key" not in kwargs and "idempotency_key" in inspect.signature(fn).parameters:
         kwargs = {**kwargs, "idempotency_key": idempotency_key}
     token = _KEY.set(idempotency_key)
     try:
         with scope(key):
             for attempt in range(options.retries + 1):
+                limit = asyncio.timeout(options.timeout)
                 try:
-                    async with asyncio.timeout(options.timeout):
+                    async with limit:
                         return await call(fn, args, kwargs), attempt + 1
-                except TimeoutError as error:
-                    if attempt == options.retries:
-                        raise DeadlineExceeded(f"step {key!r} took longer than {options.timeout} s") from error
                 except Exception as error:
-                    if attempt == options.retries or isinstance(error, (Fail, *options.final)):
+                    late = isinstance(error, TimeoutError) and limit.expired()
+                    if late and attempt == options.retries:
+                        raise DeadlineExceeded(f"step {key!r} took longer than {options.timeout:g} s") from error
+                    if not late and (attempt == options.retries or _is_final(error, options)):
                         raise
+                run.journal.rewind(key)
                 pause = min(options.max_backoff, options.backoff * 2**attempt)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
     finally:
         _KEY.reset(token)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _is_final(error: Exception, options: StepOptions) -> bool:
+    """Whether another try cannot help."""
+    if isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded):
+        return True
+    return isinstance(error, options.final)
 
 
 async def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import typing
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -23,8 +26,8 @@ def encode(value: Any, *, where: str) -> bytes:
         ) from error
 
 
-def decode(data: bytes, annotation: Any = inspect.Parameter.empty) -> Any:
-    """The value, as the step's return annotation says where it names a model or dataclass."""
+def decode(data: bytes, annotation: Any = inspect.Parameter.empty, *, where: str = "the value") -> Any:
+    """The value, as the step's return annotation says where it names a model or dataclass; UsageError if it is none."""
     value = msgpack.unpackb(data, timestamp=3, strict_map_key=False)
     if annotation in (inspect.Parameter.empty, None, Any) or value is None:
         return value
@@ -32,7 +35,22 @@ def decode(data: bytes, annotation: Any = inspect.Parameter.empty) -> Any:
         return value
     import pydantic
 
-    return pydantic.TypeAdapter(annotation).validate_python(value)
+    try:
+        return pydantic.TypeAdapter(annotation).validate_python(value)
+    except (pydantic.ValidationError, pydantic.errors.PydanticUserError) as error:
+        raise UsageError(f"{where} is no {annotation}, as its return annotation says: {error}") from error
+
+
+def returns(fn: Callable[..., Any]) -> Any:
+    """A function's return annotation; empty where there is none, or its names are known to type checkers only."""
+    given = getattr(fn, "__annotations__", {}).get("return", inspect.Parameter.empty)
+    if not isinstance(given, str):
+        return given
+    names = getattr(inspect.unwrap(fn), "__globals__", {})
+    try:
+        return typing.get_type_hints(SimpleNamespace(__annotations__={"return": given}), names)["return"]
+    except (NameError, AttributeError, SyntaxError, TypeError):
+        return inspect.Parameter.empty
 
 
 def plain(value: Any) -> Any:

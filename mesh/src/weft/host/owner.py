@@ -1,0 +1,94 @@
+"""What running a task and taking its inputs need of the replica that owns it."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from weft.core.broker import Broker
+from weft.host.agent import Agent
+from weft.host.run import Run, Work
+from weft.host.slots import SlotHold, Slots
+from weft_protocols.records import Claim
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a replica did since it started."""
+
+    done: int = 0
+    failed: int = 0
+    handed_back: int = 0
+    last_progress: float = 0.0
+    """Unix seconds of the last event, step or result."""
+
+
+class Owner(Protocol):
+    """A replica, as the code that works for it sees it."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def agent(self) -> Agent:
+        """The agent it runs."""
+        ...
+
+    @property
+    def broker(self) -> Broker:
+        """Its connection."""
+        ...
+
+    @property
+    def slots(self) -> Slots:
+        """Room for running handlers."""
+        ...
+
+    @property
+    def live(self) -> dict[str, Run]:
+        """Tasks it owns now, by id."""
+        ...
+
+    @property
+    def counters(self) -> Counters:
+        """What it did so far."""
+        ...
+
+    def stop(self) -> None:
+        """Drain and end."""
+        ...
+
+    def hold(self, ack: str) -> None:
+        """Sign a delivery in progress until it is settled."""
+        ...
+
+    def settle(self, ack: str, answer: bytes = b"+ACK") -> None:
+        """Acknowledge a delivery, or give another answer; an empty one only stops signing."""
+        ...
+
+    def again(self, ack: str, delay: float) -> None:
+        """Have a delivery come again after `delay` seconds."""
+        ...
+
+    def read(self, subject: str, data: bytes, *, headers: bytes | None, sequence: int) -> Work | None:
+        """What a creating message says; None where it is none."""
+        ...
+
+    def own(self, work: Work, claim: Claim, *, token: int, slot: SlotHold, delivery: str, fresh: bool = True) -> Run:
+        """Begin to own a task under a claim that was stored."""
+        ...
+
+    def disown(self, run: Run) -> None:
+        """Stop owning a task."""
+        ...
+
+    async def execute(self, run: Run) -> None:
+        """Run a task to where it stops."""
+        ...
+
+    def background(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run something in the background."""
+        ...
