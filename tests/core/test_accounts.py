@@ -388,7 +388,6 @@ async def test_a_blob_is_not_read_without_its_digest(cast: Cast, subject: str) -
     assert b"secret" not in reply.data
 
 
-@pytest.mark.xfail(reason="of a repeated header the first is read, and a publisher's come before the broker's")
 @pytest.mark.parametrize("name", [h.SUBJECT, h.SEQUENCE, h.SUBJECT.upper()])
 async def test_where_a_message_is_stored_is_the_brokers_word_not_its_writers(cast: Cast, name: str) -> None:
     subject = cast.fill("mesh.event.{mallory}.{task}.{vera}.forged")
@@ -670,7 +669,7 @@ async def test_the_server_says_nothing_in_anothers_name(cast: Cast, deputy: Call
         await deputy(cast, reply)
         await cast.settled()
         assert await _written_by_others(cast) == stored
-        assert [one.subject for one in cast.seen if one.subject == reply] == []
+        assert [one.subject for one in cast.seen if one.subject == reply or one.reply.startswith(ACK)] == []
         assert (cast.at_victor, cast.at_vera) == ([], [])
         assert await _inventory(cast) == consumers
 

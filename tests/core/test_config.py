@@ -54,7 +54,7 @@ def test_without_a_home_the_error_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_home_that_the_environment_names_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_HOME", str(tmp_path / "gone"))
-    with pytest.raises(Unavailable, match="WEFT_HOME is .*gone, which is not a directory"):
+    with pytest.raises(Unavailable, match=r"WEFT_HOME is .*gone, which is not a directory"):
         find_home()
 
 
@@ -153,7 +153,8 @@ def test_the_files_of_a_home_are_what_was_written(home: Home) -> None:
     assert set(json.loads(home.accounts_file.read_text())) == {"agents", "callers", "members"}
     assert home.broker_file.stat().st_mode & 0o777 == 0o600
     record = BrokerRecord.read(home)
-    assert record is not None and record.alive
+    assert record is not None
+    assert record.alive
 
 
 # mesh.yaml -----------------------------------------------------------------------------------------

@@ -77,8 +77,7 @@ async def test_a_started_server_serves_jetstream_and_every_identity(server: Embe
 
 
 async def test_nothing_a_server_leaves_on_disk_can_be_read_by_others(server: EmbeddedServer, home: Path) -> None:
-    paths = [home, *home.rglob("*")]
-    files = [path for path in paths if path.is_file() and "js" not in path.relative_to(home).parts]
+    files = [path for path in _files(home) if "js" not in path.relative_to(home).parts]
     assert {path.name for path in files} >= {"nats.conf", "accounts.json", "broker.json", "local.nk", "nats.log"}
     assert {path.name: oct(_mode(path)) for path in files if _mode(path) != 0o600 and path.suffix != ".ports"} == {}
     folders = (home, home / "keys", home / "broker")
@@ -88,7 +87,7 @@ async def test_nothing_a_server_leaves_on_disk_can_be_read_by_others(server: Emb
 async def test_seeds_are_in_no_file_but_their_own(server: EmbeddedServer, home: Path) -> None:
     seeds = {read_seed(path) for path in (home / "keys").iterdir()}
     assert len(seeds) == 5
-    others = [path for path in home.rglob("*") if path.is_file() and path.parent.name != "keys"]
+    others = [path for path in _files(home) if path.parent.name != "keys"]
     assert [path for path in others for seed in seeds if seed.encode() in path.read_bytes()] == []
 
 
@@ -382,7 +381,7 @@ async def test_a_lock_whose_holder_never_serves_is_an_error_in_time(home: Path) 
     (home / "broker").mkdir(parents=True)
     lock = serverproc.try_lock(home / "broker" / "lock")
     assert lock is not None
-    with pytest.raises(Unavailable, match="did not answer within 0.3 s"):
+    with pytest.raises(Unavailable, match=r"did not answer within 0\.3 s"):
         await EmbeddedServer(home).start(adopt=True, timeout=0.3)
     os.close(lock)
 
@@ -482,7 +481,7 @@ async def test_versions_from_the_floor_up_are_accepted(fake_server: Callable[[st
 
 async def test_a_binary_that_is_none_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_NATS_SERVER", str(tmp_path / "gone"))
-    with pytest.raises(InvalidConfig, match="WEFT_NATS_SERVER is .*gone, which is not an executable file"):
+    with pytest.raises(InvalidConfig, match=r"WEFT_NATS_SERVER is .*gone, which is not an executable file"):
         await EmbeddedServer(home).start()
     broken = tmp_path / "broken"
     broken.write_bytes(b"\0")
@@ -693,7 +692,7 @@ async def test_a_reload_the_server_refuses_is_reported_and_the_old_accounts_stay
 ) -> None:
     fake_server('echo "nats-server: nats.conf:7: wrong"; exit 1')
     before = server.accounts
-    with pytest.raises(InvalidConfig, match="refuses its configuration: nats-server: nats.conf:7: wrong"):
+    with pytest.raises(InvalidConfig, match=r"refuses its configuration: nats-server: nats\.conf:7: wrong"):
         await server.add_agent("writer")
     assert server.accounts == before
     async with connected(server.settings("analyst")) as broker:
@@ -723,6 +722,10 @@ async def test_a_change_that_a_hanging_server_does_not_take_is_an_error_in_time(
 
 
 # ---------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _mode(path: Path) -> int:

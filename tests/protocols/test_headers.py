@@ -107,3 +107,11 @@ def test_what_the_broker_appends_counts_over_what_a_sender_forged(sequences: lis
     assert h.get(block, b"Nats-Sequence") == str(sequences[0]).encode()
     assert h.stamped(block, b"Nats-Subject") is None
     assert h.stamped(None, b"Nats-Sequence") is None
+
+
+@pytest.mark.parametrize("character", ["\r", "\n", "\0"], ids=ascii)
+def test_no_character_that_any_reader_takes_for_an_end_can_be_written(character: str) -> None:
+    with pytest.raises(InvalidRequest, match="line break"):
+        h.fields({"X": f"1{character}2"})
+    with pytest.raises(InvalidRequest, match="line break"):
+        h.fields({f"X{character}Y": "1"})

@@ -57,6 +57,13 @@ def test_whole_numbers_come_back_as_int(number: int) -> None:
     assert type(back.data["list"][0]) is int
 
 
+@pytest.mark.parametrize("number", [2.0**53, 1e300, -1e300, 0.5])
+def test_numbers_that_are_not_exact_integers_stay_floats(number: float) -> None:
+    back = over_the_wire(Data(number))
+    assert isinstance(back, Data)
+    assert type(back.data) is float
+
+
 def nested(depth: int) -> Any:
     value: Any = "x"
     for level in range(depth):

@@ -156,6 +156,12 @@ def test_step_keys_become_tokens_and_stay_apart(one: str, other: str) -> None:
     assert (tokens[0] == tokens[1]) == (one == other)
 
 
+@given(st.text(max_size=80))
+def test_a_step_key_that_is_the_token_of_another_stays_apart_from_it(key: str) -> None:
+    token = subjects.step_token(key)
+    assert token == key or subjects.step_token(token) != token
+
+
 # The published grammar -----------------------------------------------------------------------------
 
 

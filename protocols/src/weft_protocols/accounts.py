@@ -49,10 +49,11 @@ def _direct(stream: str, kind: str) -> str:
 
 def exports(agents: tuple[str, ...]) -> tuple[Export, ...]:
     """All exports of MESH for a set of agents."""
-    made: list[Export] = []
-    for kind in subjects.GRAMMAR.values():
-        if kind.writer is not None:
-            made.append(Export(kind.wildcard, account_position=kind.writer_position))
+    made = [
+        Export(kind.wildcard, account_position=kind.writer_position)
+        for kind in subjects.GRAMMAR.values()
+        if kind.writer is not None
+    ]
     made.append(Export(subjects.GRAMMAR["live"].wildcard, stream=True, account_position=3))
     made.append(Export(subjects.GRAMMAR["ctl"].wildcard, stream=True, account_position=3))
     prefix = len(f"{DIRECT_GET}.{STREAM}".split("."))

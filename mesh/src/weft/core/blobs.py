@@ -1,18 +1,20 @@
 """Large parts, content-addressed: `weft-blob:{writer}/{sha256}?chunks=N&size=B` instead of bytes in a message.
 
-Knowing the digest is the right to read. A blob written twice is the same blob: its chunks are written only
-where they are absent.
+Knowing the digest is the right to read: it is the key the chunks are sealed with (XSalsa20-Poly1305), and their
+subjects carry only the digest of the digest, because the broker lets every account read every blob's subject. A
+blob written twice is the same blob: its chunks are written only where they are absent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Final
 
 from weft.core.broker import Broker
 from weft_protocols import headers as h
-from weft_protocols import ids, subjects
+from weft_protocols import subjects
 from weft_protocols.errors import Conflict, InvalidParams, TaskNotFound
 from weft_protocols.resources import BLOBS
 
@@ -39,6 +41,10 @@ class BlobRef:
         """The reference as a part's URL."""
         return f"{SCHEME}{self.writer}/{self.sha256}?chunks={self.chunks}&size={self.size}"
 
+    def subject(self, n: int) -> str:
+        """Subject of a chunk."""
+        return subjects.blob(self.writer, hashlib.sha256(bytes.fromhex(self.sha256)).hexdigest(), n)
+
     @staticmethod
     def parse(url: str) -> BlobRef:
         """The reference in a URL; InvalidParams if it is none."""
@@ -50,16 +56,16 @@ class BlobRef:
 
 async def put(broker: Broker, data: bytes) -> BlobRef:
     """Store `data` under this connection's identity and return where it is."""
-    digest = ids.digest(data)
+    key = hashlib.sha256(data).digest()
     chunks = max(1, -(-len(data) // CHUNK))
-    writer = broker.settings.identity
+    ref = BlobRef(broker.settings.identity, key.hex(), chunks, len(data))
     for n in range(chunks):
         try:
-            piece = data[n * CHUNK : (n + 1) * CHUNK]
-            await broker.publish(subjects.blob(writer, digest, n), piece, headers=_ABSENT)
+            piece = _sealed(key, n, data[n * CHUNK : (n + 1) * CHUNK])
+            await broker.publish(ref.subject(n), piece, headers=_ABSENT)
         except Conflict:
             continue
-    return BlobRef(writer, digest, chunks, len(data))
+    return ref
 
 
 async def get(broker: Broker, ref: BlobRef) -> bytes:
@@ -69,13 +75,36 @@ async def get(broker: Broker, ref: BlobRef) -> bytes:
         TaskNotFound: a chunk is gone (blobs leave after the time the stream keeps them).
         InvalidParams: the bytes do not have the digest they were asked by.
     """
+    key = bytes.fromhex(ref.sha256)
     pieces = []
     for n in range(ref.chunks):
-        found = await broker.last(BLOBS, subjects.blob(ref.writer, ref.sha256, n))
+        found = await broker.last(BLOBS, ref.subject(n))
         if found is None:
             raise TaskNotFound(f"blob {ref.sha256[:12]}… of {ref.writer} is gone (chunk {n} of {ref.chunks})")
-        pieces.append(found.data)
+        pieces.append(_opened(key, n, found.data))
     data = b"".join(pieces)
-    if len(data) != ref.size or ids.digest(data) != ref.sha256:
-        raise InvalidParams(f"blob {ref.sha256[:12]}… of {ref.writer} is not what its digest says")
+    if len(data) != ref.size or hashlib.sha256(data).digest() != key:
+        raise _altered(ref.sha256)
     return data
+
+
+def _sealed(key: bytes, n: int, piece: bytes) -> bytes:
+    """A chunk as it is stored. The key belongs to this content alone, so the chunk's number is a safe nonce."""
+    from nacl.secret import SecretBox
+
+    box = SecretBox(key)
+    return bytes(box.encrypt(piece, n.to_bytes(SecretBox.NONCE_SIZE, "big")).ciphertext)
+
+
+def _opened(key: bytes, n: int, sealed: bytes) -> bytes:
+    from nacl.exceptions import CryptoError
+    from nacl.secret import SecretBox
+
+    try:
+        return bytes(SecretBox(key).decrypt(sealed, n.to_bytes(SecretBox.NONCE_SIZE, "big")))
+    except CryptoError as error:
+        raise _altered(key.hex()) from error
+
+
+def _altered(digest: str) -> InvalidParams:
+    return InvalidParams(f"blob {digest[:12]}… is not what its digest says")

@@ -465,9 +465,9 @@ def stored(reply: Reply) -> Stored | None:
         raise ApiError(f"direct get failed: {text or 'no headers in the answer'}", code=code)
     get = reply.headers
     return Stored(
-        (h.get(get, b"Nats-Subject") or b"").decode(),
-        int(h.get(get, b"Nats-Sequence") or 0),
+        (h.stamped(get, b"Nats-Subject") or b"").decode(),
+        int(h.stamped(get, b"Nats-Sequence") or 0),
         get,
         reply.data,
-        (h.get(get, b"Nats-Time-Stamp") or b"").decode(),
+        (h.stamped(get, b"Nats-Time-Stamp") or b"").decode(),
     )

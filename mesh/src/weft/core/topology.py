@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from weft_protocols.errors import ApiError
@@ -124,13 +124,7 @@ async def _settle(broker: Broker, resource: _Resource, findings: _Findings, *, a
                 raise
     drift = resource.drift(found)
     if drift and apply:
-        before, drift = drift, []
-        try:
-            request = resource.request({**found, **resource.wanted}, "update")
-            answer = await broker.api(resource.update, request)
-            drift = resource.drift(answer["config"], "the broker kept its value")
-        except ApiError as error:
-            drift = [Drift(one.resource, one.field, one.wanted, one.found, str(error)) for one in before]
+        drift = await _correct(broker, resource, found, drift)
         if not drift:
             findings.updated.append(resource.name)
             return
@@ -138,6 +132,26 @@ async def _settle(broker: Broker, resource: _Resource, findings: _Findings, *, a
         findings.drifted += drift
     else:
         findings.unchanged.append(resource.name)
+
+
+async def _correct(broker: Broker, resource: _Resource, found: Mapping[str, Any], drift: list[Drift]) -> list[Drift]:
+    """Set every drifted field at once, or as many of them as the broker lets be changed; return the rest."""
+    try:
+        return await _update(broker, resource, found, drift)
+    except ApiError as error:
+        if len(drift) == 1:
+            return [replace(drift[0], reason=str(error))]
+    left: list[Drift] = []
+    for one in drift:
+        left += await _correct(broker, resource, await _found(broker, resource) or found, [one])
+    return left
+
+
+async def _update(broker: Broker, resource: _Resource, found: Mapping[str, Any], drift: list[Drift]) -> list[Drift]:
+    changed = {**found, **{one.field: one.wanted for one in drift}}
+    answer = await broker.api(resource.update, resource.request(changed, "update"))
+    fields = {one.field for one in drift}
+    return [one for one in resource.drift(answer["config"], "the broker kept its value") if one.field in fields]
 
 
 async def _found(broker: Broker, resource: _Resource) -> dict[str, Any] | None:

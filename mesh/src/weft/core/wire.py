@@ -24,7 +24,6 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from nats.aio.transport import TcpTransport
 from nats.protocol.parser import AWAITING_CONTROL_LINE, PERMISSIONS_ERR, STALE_CONNECTION, Parser
 
-from weft_protocols import headers as h
 from weft_protocols.errors import Backpressure, BrokerError, InvalidName, TimedOut, TooLarge, Unreachable, WeftError
 
 PRIVATE: Final = {
@@ -72,8 +71,11 @@ async def _ignore(_: object) -> None:
 
 
 class FastParser(Parser):
-    """nats-py's parser with a shortcut: whole messages for plain functions are cut out of a read without regular
-    expressions, copies of the rest or coroutines. Everything else goes to nats-py."""
+    """nats-py's parser with a shortcut for messages to plain functions.
+
+    Whole ones are cut out of a read without regular expressions, copies of the rest or coroutines. Everything else
+    goes to nats-py.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -94,9 +96,8 @@ class FastParser(Parser):
             data = self._tail + data
         used = self._messages(data)
         rest = data[used:] if used else data
-        if not rest or rest.startswith((b"MSG ", b"HMSG ")) and not self._foreign(rest):
-            self._tail = rest
-        elif b"HMSG ".startswith(rest) or b"MSG ".startswith(rest):
+        begins = b"HMSG ".startswith(rest) or b"MSG ".startswith(rest)
+        if begins or (rest.startswith((b"MSG ", b"HMSG ")) and not self._foreign(rest)):
             self._tail = rest
         else:
             self._tail = b""

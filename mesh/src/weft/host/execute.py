@@ -45,7 +45,13 @@ PAUSES: Final = (0.5, 2.0, 5.0, 15.0, 30.0)
 
 async def execute(replica: Owner, run: Run) -> None:
     """Run a task to where it stops: its end, a question, a hand-back, or another replica's claim."""
+    run.runner = asyncio.current_task()
+    if replica.leaving and run.stop is None:
+        run.stop = Stop.DRAIN
     try:
+        if run.stop is not None:
+            await _stopped(replica, run)
+            return
         if await _refused(run):
             _settle(replica, run)
             return
@@ -285,6 +291,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
         work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
     )
     await run.journal.write(records.MESSAGE_KEY, message.encode())
+    run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)
     # An answer that came while this was being written must wake the task; what came before the question is history.
@@ -299,6 +306,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
 async def _handed_back(replica: Owner, run: Run) -> None:
     """The replica leaves: the next one begins at once, and this attempt does not count."""
     await run.log.settle()
+    run.log.closed = run.journal.closed = True
     # Which delivery is the work stays in the claim: a task that an answer resumed goes on by that answer.
     claim = replace(run.claim, state=HANDED_BACK, at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -20,15 +23,17 @@ from weft.host import execute, takeover
 from weft.host.owner import Owner
 from weft.host.run import Input, Run, Stop, Work, sequence_in
 from weft.host.slots import SlotHold
-from weft_protocols import a2a, records, subjects
+from weft_protocols import a2a, ids, records, subjects
 from weft_protocols import headers as h
-from weft_protocols.errors import A2AError, BrokerError, InvalidRequest, TimedOut, Unreachable, WeftError
+from weft_protocols.errors import A2AError, BrokerError, Fenced, InvalidRequest, TimedOut, Unreachable, WeftError
 from weft_protocols.records import SUSPENDED, Claim, Control, StoredMessage
 from weft_protocols.resources import STREAM
 from weft_protocols.states import State
 
 log = logging.getLogger("weft.host")
 
+PATIENCE: Final = 120
+"""Deliveries of a follow-up whose task is not there, about ten minutes, before it is dropped."""
 HAND_OVER: Final = 1.0
 """Seconds the owner has to take a delivery; then it comes again, perhaps to find a new owner."""
 TAKEN: Final = b"taken"
@@ -56,15 +61,16 @@ class Inputs:
             return
         token, claim = found
         event = await takeover.last_event(replica.broker, agent, task_id, caller=caller, origin=claim.origin)
+        # Nobody owns a suspended task, nor one whose owner worked on this very delivery and lost it.
+        unowned = claim.state == SUSPENDED or sequence_in(claim.delivery) == delivery.sequence
         if takeover.ended(event):
             replica.settle(delivery.ack)
-        elif cancel and claim.state == SUSPENDED:
-            await self._cancel_unowned(delivery, claim=claim, caller=caller, task_id=task_id, expected=token)
-        elif claim.state == SUSPENDED or sequence_in(claim.delivery) == delivery.sequence:
-            # Suspended, or resumed by this very message on a replica that died: its delivery is the work.
-            await self._resume(delivery, claim=claim, values=values, expected=token, last=takeover.event_number(event))
-        else:
+        elif not unowned:
             await self._hand_over(delivery, claim)
+        elif cancel:
+            await self._cancel_unowned(delivery, claim=_next(claim), task_id=task_id, expected=token)
+        else:
+            await self._resume(delivery, claim=claim, values=values, expected=token)
 
     def on_control(self, message: Delivered) -> None:
         """A message to this replica: a delivery that another one hands over, or the coordinator's word."""
@@ -106,13 +112,13 @@ class Inputs:
             self._cancel(run, _reason(delivery.data))
             return
         try:
-            message = _message(delivery, values)
-            if message.context_id and message.context_id != run.work.context_id:
-                raise InvalidRequest(f"task {run.task_id} belongs to another context than {message.context_id}")
+            message = _message(delivery, values, context=run.work.context_id)
         except A2AError as error:
-            replica.background(self._refuse(run, delivery, error), name=f"refuse for {run.task_id}")
+            run.deliveries.append(delivery.ack)
+            work = self._refuse(run, delivery, error, values=values)
+            replica.background(work, name=f"refuse for {run.task_id}")
             return
-        if any(given.proto.message_id == message.message_id for given in run.inbox):
+        if run.knows(message.message_id):
             replica.settle(delivery.ack)
             return
         run.give(Input(delivery.sequence, message, delivery))
@@ -127,27 +133,32 @@ class Inputs:
 
         run.force = asyncio.get_running_loop().call_later(run.agent.cancel_grace, force)
 
-    async def _refuse(self, run: Run, delivery: Delivery, error: A2AError) -> None:
+    async def _refuse(self, run: Run, delivery: Delivery, error: A2AError, *, values: dict[str, str]) -> None:
         try:
-            message_id = a2a.decode(pb.SendMessageRequest, delivery.data).message.message_id
-        except A2AError:
-            message_id = ""
-        await run.refuse(error, message_id)
-        await run.log.settle()
-        self._replica.settle(delivery.ack)
+            await run.refuse(error, _message_id(delivery, values))
+            await run.log.settle()
+        except (Fenced, BrokerError) as failure:
+            log.info("task %s: a follow-up could not be refused: %s", run.task_id, failure)
+            return
+        if delivery.ack in run.deliveries:
+            run.deliveries.remove(delivery.ack)
+            self._replica.settle(delivery.ack)
 
     async def _unclaimed(
         self, delivery: Delivery, *, values: dict[str, str], cancel: bool, expected: tuple[int, Claim] | None
     ) -> None:
         """Nobody has claimed a task of this caller: it still waits for its turn, or never was."""
         replica = self._replica
-        if not cancel:
-            if delivery.times > 120:
-                replica.settle(delivery.ack, b"+TERM no such task of this caller")
-                return
+        _, _, agent, slice_, caller, task_id = delivery.subject.split(".")
+        # A claim on a message was checked against its id. One on a cancel was not: only the message's id overrules it.
+        foreign = expected is not None and expected[1].message != 0
+        proven = ids.task_id(caller, agent, values.get("weft-message-id", "")) == task_id
+        if foreign or delivery.times > PATIENCE:
+            replica.settle(delivery.ack, b"+TERM no such task of this caller")
+            return
+        if not cancel or (expected is not None and not proven):
             replica.again(delivery.ack, min(5.0, 0.25 * delivery.times))
             return
-        _, _, _, slice_, caller, task_id = delivery.subject.split(".")
         claim = Claim(
             replica=replica.id,
             version=replica.agent.version,
@@ -158,51 +169,57 @@ class Inputs:
             slice=slice_,
             message=0,
         )
-        await self._cancel_unowned(
-            delivery, claim=claim, caller=caller, task_id=task_id, expected=expected[0] if expected else 0
-        )
+        await self._cancel_unowned(delivery, claim=claim, task_id=task_id, expected=expected[0] if expected else 0)
 
-    async def _cancel_unowned(
-        self, delivery: Delivery, *, claim: Claim, caller: str, task_id: str, expected: int
-    ) -> None:
+    async def _cancel_unowned(self, delivery: Delivery, *, claim: Claim, task_id: str, expected: int) -> None:
         """End a task that nobody runs. Its creating message, if it still waits, will find the end and go."""
+        async with self._owned_briefly(delivery, claim=claim, task_id=task_id, expected=expected) as run:
+            if run is not None:
+                reason = _reason(delivery.data)
+                await run.cancel_children(reason or "the parent was cancelled")
+                await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
+                for ack in run.deliveries:
+                    self._replica.settle(ack)
+
+    async def _refuse_unowned(
+        self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int, error: A2AError
+    ) -> None:
+        """Tell the sender of a follow-up to a suspended task that it was refused; the task waits on."""
+        task_id = delivery.subject.rsplit(".", 1)[-1]
+        async with self._owned_briefly(delivery, claim=claim, task_id=task_id, expected=expected) as run:
+            if run is not None:
+                await run.refuse(error, _message_id(delivery, values))
+                await run.log.settle()
+                await run.fence.write(replace(claim, state=SUSPENDED, delivery=""))
+                self._replica.settle(delivery.ack)
+
+    @asynccontextmanager
+    async def _owned_briefly(
+        self, delivery: Delivery, *, claim: Claim, task_id: str, expected: int
+    ) -> AsyncIterator[Run | None]:
+        """Own a task that nobody runs to write an event of it, without its handler; None where it has ended."""
         replica = self._replica
+        name = replica.agent.name
         claim = replace(claim, replica=replica.id, state=records.HELD, delivery=delivery.ack)
-        token = await takeover.write_claim(
-            replica.broker, replica.agent.name, task_id=task_id, claim=claim, expected=expected
-        )
+        token = await takeover.write_claim(replica.broker, name, task_id=task_id, claim=claim, expected=expected)
         request = pb.SendMessageRequest(message=pb.Message(context_id=claim.context))
-        work = Work(
-            replica.agent.name,
-            task_id,
-            caller,
-            claim.origin,
-            claim.slice,
-            request,
-            {},
-            b"",
-            b"",
-            claim.message,
-        )
+        work = Work(name, task_id, claim.caller, claim.origin, claim.slice, request, {}, b"", b"", claim.message)
         slot = SlotHold(replica.slots)
         slot.held = False
         run = replica.own(work, claim, token=token, slot=slot, delivery=delivery.ack, fresh=False)
         try:
-            event = await takeover.last_event(
-                replica.broker, replica.agent.name, task_id, caller=caller, origin=claim.origin
-            )
-            if not takeover.ended(event):
-                run.log.last = takeover.event_number(event)
-                reason = _reason(delivery.data)
-                await run.cancel_children(reason or "the parent was cancelled")
-                await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
-            replica.settle(delivery.ack)
+            event = await takeover.last_event(replica.broker, name, task_id, caller=claim.caller, origin=claim.origin)
+            run.log.last = takeover.event_number(event)
+            run.log.last_state = takeover.state(event)
+            if takeover.ended(event):
+                replica.settle(delivery.ack)
+                yield None
+            else:
+                yield run
         finally:
             replica.disown(run)
 
-    async def _resume(
-        self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int, last: int
-    ) -> None:
+    async def _resume(self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int) -> None:
         """Run a suspended task again from the top; the message is the answer it waits for."""
         replica = self._replica
         agent, task_id = replica.agent.name, delivery.subject.rsplit(".", 1)[-1]
@@ -212,10 +229,9 @@ class Inputs:
             replica.settle(delivery.ack)
             return
         try:
-            message = _message(delivery, values)
+            message = _message(delivery, values, context=claim.context)
         except A2AError as error:
-            log.warning("task %s: a follow-up was refused: %s", task_id, error)
-            replica.settle(delivery.ack, b"+TERM refused")
+            await self._refuse_unowned(delivery, claim=_next(claim), values=values, expected=expected, error=error)
             return
         await replica.slots.acquire()
         slot = SlotHold(replica.slots)
@@ -226,16 +242,28 @@ class Inputs:
             if work is None:
                 replica.settle(delivery.ack, b"+TERM the stored message cannot be read")
                 return
-            attempt = claim.attempt if claim.state == SUSPENDED else claim.attempt + 1
-            held = replace(claim, replica=replica.id, state=records.HELD, delivery=delivery.ack, attempt=attempt)
+            if replica.leaving:
+                replica.settle(delivery.ack, b"-NAK")
+                return
+            held = replace(
+                _next(claim),
+                replica=replica.id,
+                version=replica.agent.version,
+                delivery=delivery.ack,
+                at=time.time_ns() // 1_000_000,
+            )
             token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
             run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
-            run.log.last = last
-            run.log.last_state = State.WORKING
             run.resumed = Input(delivery.sequence, message, delivery)
-            await self._recall(run)
-            run.history.append(message)
-            await run.recall_children()
+            try:
+                await self._recall(run)
+                said = f"goes on with an answer, on replica {replica.id}" if claim.state == SUSPENDED else ""
+                if await replica.begin_again(run, said=said) is None:
+                    return
+            except BaseException:
+                run.deliveries.remove(delivery.ack)
+                replica.disown(run)
+                raise
             await replica.execute(run)
         finally:
             slot.end()
@@ -272,10 +300,26 @@ class Inputs:
             replica.again(delivery.ack, 0.1)
 
 
-def _message(delivery: Delivery, values: dict[str, str]) -> pb.Message:
+def _next(claim: Claim) -> Claim:
+    """The claim of who goes on: another attempt where the owner before lost the task, the same after a wait."""
+    attempt = claim.attempt + 1 if claim.state == records.HELD else claim.attempt
+    return replace(claim, attempt=attempt, state=records.HELD)
+
+
+def _message(delivery: Delivery, values: dict[str, str], *, context: str) -> pb.Message:
     a2a.check_version(values.get("a2a-version", ""))
-    request = a2a.decode(pb.SendMessageRequest, delivery.data, values.get("content-type", h.PROTOBUF))
-    return request.message
+    message = a2a.decode(pb.SendMessageRequest, delivery.data, values.get("content-type", h.PROTOBUF)).message
+    if message.context_id not in ("", context):
+        raise InvalidRequest(f"the task belongs to context {context}, not {message.context_id}")
+    return message
+
+
+def _message_id(delivery: Delivery, values: dict[str, str]) -> str:
+    try:
+        content_type = values.get("content-type", h.PROTOBUF)
+        return a2a.decode(pb.SendMessageRequest, delivery.data, content_type).message.message_id
+    except A2AError:
+        return ""
 
 
 def _reason(data: bytes) -> str:

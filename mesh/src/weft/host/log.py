@@ -167,8 +167,9 @@ class EventLog:
         attempt = 0
         while self._redo:
             try:
-                await self._fence.renew()
                 stored = await self._broker.last(STREAM, self.subject)
+                # After the read, so that what is written next stands on it only if nobody claimed meanwhile.
+                await self._fence.renew()
                 last = takeover.event_number(stored)
                 self._redo = {n: entry for n, entry in self._redo.items() if n > last}
                 expected = stored.seq if stored is not None else 0

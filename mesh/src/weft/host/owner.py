@@ -57,6 +57,11 @@ class Owner(Protocol):
         """What it did so far."""
         ...
 
+    @property
+    def leaving(self) -> bool:
+        """Whether its time to finish what runs is over."""
+        ...
+
     def stop(self) -> None:
         """Drain and end."""
         ...
@@ -81,8 +86,12 @@ class Owner(Protocol):
         """Begin to own a task under a claim that was stored."""
         ...
 
+    async def begin_again(self, run: Run, *, said: str = "") -> Run | None:
+        """Say that this replica goes on with a task; None where the task has ended."""
+        ...
+
     def disown(self, run: Run) -> None:
-        """Stop owning a task."""
+        """Stop owning a task; what was delivered for it and is not settled comes again."""
         ...
 
     async def execute(self, run: Run) -> None:

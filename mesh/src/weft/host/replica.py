@@ -28,12 +28,12 @@ from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
-from weft.host.run import Run, Stop, Work
+from weft.host.run import Run, Stop, Work, sequence_in
 from weft.host.slots import SlotHold, Slots
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Conflict, Fenced, WeftError
-from weft_protocols.records import SUSPENDED, Claim
+from weft_protocols.records import Claim
 from weft_protocols.resources import DURABILITY, STREAM, Durability
 from weft_protocols.states import State
 
@@ -41,6 +41,8 @@ log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
 """Follow-ups and cancels a replica takes at a time; they need no slot."""
+LAST_WORDS: Final = 5.0
+"""Seconds for handing back, and for handlers to end once they are stopped."""
 
 
 class Replica:
@@ -63,9 +65,13 @@ class Replica:
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
         self.draining = False
+        """It takes no more work."""
+        self.leaving = False
+        """Its time to finish what runs is over: everything is handed back."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
         self._tasks = Tasks(f"replica {self.id}")
+        self._jobs = Tasks(f"deliveries of replica {self.id}")
         self._work: PullLoop | None = None
         self._input: PullLoop | None = None
         self._signs: asyncio.TimerHandle | None = None
@@ -115,22 +121,23 @@ class Replica:
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
-        deadline = asyncio.get_running_loop().time() + grace
         for run in list(self.live.values()):
             if run.log.last_state.interrupted:
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
-        while self.live and asyncio.get_running_loop().time() < deadline and self.broker.connected:
-            runners = [run.runner for run in self.live.values() if run.runner is not None]
-            if not runners:
-                break
-            await asyncio.wait(runners, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        await self._jobs_done(within=grace)
+        self.leaving = True
         for run in list(self.live.values()):
             run.interrupt(Stop.DRAIN, "the replica is leaving")
-        runners = [run.runner for run in self.live.values() if run.runner is not None]
-        if runners:
-            await asyncio.wait(runners, timeout=5.0)
+        await self._jobs_done(within=LAST_WORDS)
         with contextlib.suppress(BrokerError):
             await self.broker.flush(timeout=2.0)
+
+    async def _jobs_done(self, *, within: float) -> None:
+        """Wait until nothing that was delivered is in work any more, at most `within` seconds, or the connection."""
+        waits = [self._tasks.start(self._jobs.idle()), self._tasks.start(self.broker.closed.wait())]
+        await asyncio.wait(waits, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     async def _close(self) -> None:
         if self._signs is not None:
@@ -138,6 +145,13 @@ class Replica:
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
+        for run in list(self.live.values()):
+            run.interrupt(Stop.BROKEN, "the replica was closed")
+        try:
+            async with asyncio.timeout(LAST_WORDS):
+                await self._jobs.aclose()
+        except TimeoutError:
+            log.warning("%d handlers do not stop; they can write nothing any more", len(self._jobs))
         await self._tasks.aclose()
         await self.mesh.aclose()
 
@@ -148,27 +162,34 @@ class Replica:
             self._work.want(self.slots.free)
 
     def _on_work(self, delivery: Delivery) -> None:
-        if self.draining:
+        if self.draining or self.slots.used >= self.slots.total:
+            # It was asked for when there was room; a task that came back from a wait has the slot now.
             self.settle(delivery.ack, b"-NAK")
             return
         self.slots.take()
         self.hold(delivery.ack)
-        self._tasks.start(self._guarded(delivery, self._take(delivery)), name=delivery.subject)
+        self._jobs.start(self._guarded(delivery, self._take(delivery)), name=delivery.subject)
 
     def _on_input(self, delivery: Delivery) -> None:
         if self.draining:
             self.settle(delivery.ack, b"-NAK")
             return
         self.hold(delivery.ack)
-        self._tasks.start(self._guarded(delivery, self.inputs.take(delivery)), name=delivery.subject)
+        self._jobs.start(self._guarded(delivery, self.inputs.take(delivery), shared=True), name=delivery.subject)
 
-    async def _guarded(self, delivery: Delivery, work: Awaitable[None]) -> None:
-        """The work loop's boundary: whatever goes wrong with one delivery, it comes again and the rest goes on."""
+    async def _guarded(self, delivery: Delivery, work: Awaitable[None], *, shared: bool = False) -> None:
+        """The work loop's boundary: whatever goes wrong with one delivery, it comes again and the rest goes on.
+
+        A `shared` delivery is one of several for a task: where another one was faster, it looks again.
+        """
         try:
             await work
         except (Fenced, Conflict) as error:
             log.info("%s: %s", delivery.subject, error)
-            self.settle(delivery.ack, b"")
+            if shared:
+                self.again(delivery.ack, 0.1)
+            else:
+                self.settle(delivery.ack, b"")
         except BrokerError as error:
             log.warning("%s: %s; it will be delivered again", delivery.subject, error)
             self.again(delivery.ack, 1.0)
@@ -241,40 +262,43 @@ class Replica:
                 log.debug("task %s was claimed before its first delivery here", task_id)
         live = self.live.get(task_id)
         if live is not None:
-            # Signs came too late for the broker: the task is still running here, under the newer delivery.
-            self._adopt(live, delivery.ack)
+            self._adopt(live, delivery)
             return None
         found = await takeover.last_claim(self.broker, agent, task_id)
         known = found[1] if found is not None and found[1].caller == work.caller else None
-        if known is not None and (known.state == SUSPENDED or known.message not in (0, work.sequence)):
+        if known is not None and (known.waiting or known.message not in (0, work.sequence)):
+            # It waits for an answer, or goes on by one; or this is the same message under another context.
             self.settle(delivery.ack)
             return None
         token, claim, before = await takeover.take_over(self.broker, agent, task_id=task_id, wanted=wanted)
         run = self.own(work, claim, token=token, slot=slot, delivery=delivery.ack, fresh=before is None)
         try:
-            return await self._begin_again(run) if before is not None else run
+            return await self.begin_again(run) if before is not None else run
         except BaseException:
+            run.deliveries.remove(delivery.ack)
             self.disown(run)
             raise
 
-    async def _begin_again(self, run: Run) -> Run | None:
-        """After a takeover: look what the task came to, and say that another attempt begins."""
+    async def begin_again(self, run: Run, *, said: str = "") -> Run | None:
+        """After a takeover: look what the task came to, and say that somebody goes on; None where it has ended."""
         work = run.work
+        await run.recall_children()
         while True:
             event = await takeover.last_event(
                 self.broker, self.agent.name, run.task_id, caller=work.caller, origin=run.claim.origin
             )
             if takeover.ended(event):
+                for ack in run.deliveries:
+                    self.settle(ack)
                 self.disown(run)
-                self.settle(run.deliveries[0])
                 return None
             run.log.last = takeover.event_number(event)
             if takeover.begun_by(event, self.id, run.claim.attempt):
                 run.log.last_state = State.WORKING
                 return run
-            if run.claim.attempt > self.agent.attempts:
-                return run
-            said = f"attempt {run.claim.attempt}, on replica {self.id}"
+            # Whoever stalled between its claim and this read could otherwise write among a later owner's events.
+            await run.fence.renew()
+            said = said or f"attempt {run.claim.attempt}, on replica {self.id}"
             status = run.status_event(State.WORKING, a2a.parts_of(said))
             headers = h.block(
                 h.fields(
@@ -284,11 +308,12 @@ class Replica:
                         h.STATE: State.WORKING.label,
                         h.REPLICA: self.id,
                         h.ATTEMPT: str(run.claim.attempt),
+                        h.CONTENT_TYPE: work.accept,
                     }
                 )
             )
             try:
-                await self.broker.publish(run.log.subject, a2a.encode(status), headers=headers)
+                await self.broker.publish(run.log.subject, a2a.encode(status, work.accept), headers=headers)
             except Conflict:
                 current = await takeover.last_claim(self.broker, self.agent.name, run.task_id)
                 if current is not None and current[0] != run.fence.token:
@@ -318,7 +343,6 @@ class Replica:
         """Begin to own a task under a claim that was stored."""
         fence = Fence(self.broker, self.agent.name, task_id=work.task_id, claim=claim, token=token)
         subject = subjects.event(self.agent.name, work.task_id, work.caller, claim.origin)
-        accept = work.headers.get("accept", "")
         # Both need the run they report to, which needs them.
         report: list[Callable[[BrokerError | Fenced], None]] = []
         event_log = EventLog(
@@ -326,7 +350,7 @@ class Replica:
             subject=subject,
             fence=fence,
             ordered=self.durability.ordered,
-            content_type=h.JSON if accept.startswith(h.JSON) else h.PROTOBUF,
+            content_type=work.accept,
             on_failure=lambda error: report[0](error),
         )
         journal = Journal(self.broker, agent=self.agent.name, task_id=work.task_id, fence=fence, fresh=fresh)
@@ -344,29 +368,35 @@ class Replica:
         report.append(run.failed_write)
         run.deliveries.append(delivery)
         run.history.append(work.request.message)
-        run.runner = asyncio.current_task()
         self.live[work.task_id] = run
         return run
 
     def disown(self, run: Run) -> None:
-        """Stop owning a task."""
+        """Stop owning a task; what was delivered for it and is not settled comes again."""
         if self.live.get(run.task_id) is run:
             del self.live[run.task_id]
+        for ack in run.deliveries:
+            if ack in self._held:
+                self.again(ack, 0.2)
         if run.force is not None:
             run.force.cancel()
 
-    def _adopt(self, run: Run, ack: str) -> None:
-        self.settle(run.deliveries[0], b"")
-        run.deliveries[0] = ack
-        self.hold(ack)
+    def _adopt(self, run: Run, delivery: Delivery) -> None:
+        for i, ack in enumerate(run.deliveries):
+            if sequence_in(ack) == delivery.sequence:
+                # Signs came too late for the broker: the task is still running here, under the newer delivery.
+                self.settle(ack, b"")
+                run.deliveries[i] = delivery.ack
+                return
+        self.settle(delivery.ack)  # the same message once more, or the first one of a task that an answer resumed
 
     async def execute(self, run: Run) -> None:
         """Run a task to where it stops, and settle what was delivered for it."""
         await execute.execute(self, run)
 
     def background(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        """Run something of this replica's in the background."""
-        self._tasks.start(work, name=name)
+        """Do something for a task that runs here, beside its handler."""
+        self._jobs.start(work, name=name)
 
 
 __all__ = ["A2AError", "Counters", "Replica"]

@@ -95,6 +95,11 @@ class Work:
         return self.request.message.context_id or self.task_id
 
     @property
+    def accept(self) -> str:
+        """Content type of the events the caller wants."""
+        return h.JSON if self.headers.get("accept", "").startswith(h.JSON) else h.PROTOBUF
+
+    @property
     def deadline(self) -> float | None:
         """Unix seconds, or None."""
         value = self.headers.get("weft-deadline", "")

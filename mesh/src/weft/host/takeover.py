@@ -17,7 +17,7 @@ from weft_protocols import subjects
 from weft_protocols.errors import Conflict
 from weft_protocols.records import HELD, Claim
 from weft_protocols.resources import STREAM
-from weft_protocols.states import END_LABELS
+from weft_protocols.states import BY_LABEL, END_LABELS, State
 
 log = logging.getLogger("weft.host")
 
@@ -62,6 +62,12 @@ def ended(event: Stored | None) -> bool:
     """Whether a last event is terminal."""
     state = h.get(event.headers, b"Weft-State") if event is not None else None
     return state is not None and state.decode() in END_LABELS
+
+
+def state(event: Stored | None) -> State:
+    """State a last event left its task in; UNSPECIFIED where it does not say."""
+    label = h.get(event.headers, b"Weft-State") if event is not None else None
+    return BY_LABEL.get(label.decode(), State.UNSPECIFIED) if label is not None else State.UNSPECIFIED
 
 
 def event_number(event: Stored | None) -> int:
