@@ -18,10 +18,9 @@ MAX_MEMORY_STORE: Final = 256 * 1024**2
 MAX_FILE_STORE: Final = 10 * 1024**3
 ACCOUNT_CONNECTIONS: Final = 1024
 """Connections of one agent's or caller's account: all its processes together."""
-ACCOUNT_SUBSCRIPTIONS: Final = 16_384
-"""Subscriptions of one agent's or caller's account, so that none can fill the server's memory."""
+MAX_SUBSCRIPTIONS: Final = 16_384
+"""Subscriptions of one connection; the server enforces no limit per account in a static configuration."""
 LOG_BYTES: Final = 16 * 1024**2
-_LIMITS: Final = f"{{ max_connections: {ACCOUNT_CONNECTIONS}, max_subscriptions: {ACCOUNT_SUBSCRIPTIONS} }}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ def render(accounts: Accounts, options: ServerOptions) -> str:
         f'listen: "127.0.0.1:{options.port}"',
         f"max_payload: {MAX_PAYLOAD}",
         f"max_connections: {MAX_CONNECTIONS}",
+        f"max_subscriptions: {MAX_SUBSCRIPTIONS}",
         'write_deadline: "10s"',
         'ping_interval: "20s"',
         "ping_max: 2",
@@ -97,7 +97,7 @@ def _mesh(accounts: Accounts) -> Iterable[str]:
 def _account(name: str, key: str, imports: Iterable[Import]) -> Iterable[str]:
     yield f"  {quote(name)} {{"
     yield f"    users: [{_user(key)}]"
-    yield f"    limits {_LIMITS}"
+    yield f"    limits {{ max_connections: {ACCOUNT_CONNECTIONS} }}"
     yield "    imports: ["
     for one in imports:
         kind = "stream" if one.stream else "service"

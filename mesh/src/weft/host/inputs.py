@@ -190,7 +190,7 @@ class Inputs:
             if run is not None:
                 await run.refuse(error, _message_id(delivery, values))
                 await run.log.settle()
-                await run.fence.write(replace(claim, state=SUSPENDED, delivery=""))
+                await run.fence.write(replace(run.claim, state=SUSPENDED, delivery=""))
                 self._replica.settle(delivery.ack)
 
     @asynccontextmanager

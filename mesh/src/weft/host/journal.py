@@ -14,10 +14,14 @@ from weft.core.broker import Broker, Stored, sequence_of
 from weft.host.fence import Fence
 from weft_protocols import headers as h
 from weft_protocols import subjects
-from weft_protocols.errors import Conflict, Fenced, TimedOut, TooLarge, Unreachable
+from weft_protocols.errors import Conflict, Fenced, InvalidName, TimedOut, TooLarge, Unreachable
 from weft_protocols.resources import STREAM
 
 PATIENCE: Final = 60.0
+ORDINAL: Final = "#"
+"""Between a key and its ordinal."""
+NESTED: Final = " > "
+"""Between a step's key and those of the steps inside it."""
 _SCOPE: ContextVar[str] = ContextVar("weft_step_scope", default="")
 
 
@@ -35,19 +39,35 @@ class Journal:
         self.closed = False
 
     def key(self, name: str, *, explicit: bool = False) -> str:
-        """The key for a step: the explicit name, or the name and its ordinal within the surrounding step."""
-        scope = _SCOPE.get()
-        base = f"{scope}/{name}" if scope else name
-        if explicit:
+        """The key for a step: the explicit name, or the name and its ordinal within the surrounding step.
+
+        Raises:
+            InvalidName: the name could be taken for a key of the host's own, or for an ordinal or a nested step.
+        """
+        if not name or name.startswith("_") or ORDINAL in name or NESTED in name:
+            raise InvalidName(
+                f"step key {name!r} is not possible: it must not be empty, begin with _, or have {ORDINAL!r} or "
+                f"{NESTED!r} in it"
+            )
+        return self._scoped(name, count=not explicit)
+
+    def own_key(self, name: str) -> str:
+        """A key of the host's own, with its ordinal within the surrounding step."""
+        return self._scoped(name, count=True)
+
+    def _scoped(self, name: str, *, count: bool) -> str:
+        surrounding = _SCOPE.get()
+        base = f"{surrounding}{NESTED}{name}" if surrounding else name
+        if not count:
             return base
-        count = self._ordinals.get(base, 0)
-        self._ordinals[base] = count + 1
-        return base if count == 0 else f"{base}-{count}"
+        ordinal = self._ordinals.get(base, 0)
+        self._ordinals[base] = ordinal + 1
+        return base if ordinal == 0 else f"{base}{ORDINAL}{ordinal}"
 
     def rewind(self, step: str) -> None:
         """A step's body is tried again: the steps inside it have the keys they had, and records to be found."""
         self.fresh = False
-        for name in [name for name in self._ordinals if name.startswith(f"{step}/")]:
+        for name in [name for name in self._ordinals if name.startswith(f"{step}{NESTED}")]:
             del self._ordinals[name]
 
     async def read(self, key: str) -> Stored | None:

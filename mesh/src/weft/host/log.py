@@ -36,8 +36,6 @@ class _Entry:
     data: bytes
     lines: bytes
     """Header lines besides the condition."""
-    used: bytes = b""
-    """The fence it was sent under."""
 
 
 class EventLog:
@@ -46,7 +44,8 @@ class EventLog:
     Args:
         ordered: whether the broker stores one connection's messages in the order they were sent, even if it loses
             some (a single server does, a cluster that elects a leader does not). Then the event that ends a task
-            leaves together with the last ones before it; otherwise it waits for their acknowledgement.
+            leaves together with the last ones before it, and a status is acknowledged by what follows it; otherwise
+            each is acknowledged by itself, and the end waits for all before it.
         on_failure: told once when nothing more can be written, before anybody awaits it.
     """
 
@@ -73,7 +72,8 @@ class EventLog:
         self._on_failure = on_failure
         self._unacked: dict[int, _Entry] = {}
         self._redo: dict[int, _Entry] = {}
-        self._quiet: asyncio.Future[None] | None = None
+        self._held_back: list[_Entry] = []
+        self._waiting: list[asyncio.Future[None]] = []
         self._failure: BrokerError | Fenced | None = None
 
     async def post(self, event: pb.StreamResponse, *, state: State | None = None, extra: bytes = b"") -> int:
@@ -83,7 +83,13 @@ class EventLog:
         entry = self._entry(event, label=state.label if state is not None else "", extra=extra)
         if state is not None:
             self.last_state = state
-        self._send(entry)
+        if state is State.WORKING and self._ordered:
+            # What follows in this turn of the loop is acknowledged for it, too.
+            if not self._held_back:
+                asyncio.get_running_loop().call_soon(self._let_go)
+            self._held_back.append(entry)
+        else:
+            self._send(entry)
         return entry.n
 
     async def settle(self) -> None:
@@ -91,10 +97,11 @@ class EventLog:
         while True:
             if self._failure is not None:
                 raise self._failure
+            self._let_go()
             if self._unacked:
-                if self._quiet is None or self._quiet.done():
-                    self._quiet = asyncio.get_running_loop().create_future()
-                await asyncio.shield(self._quiet)
+                quiet: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._waiting.append(quiet)
+                await quiet
             elif self._redo:
                 async with self._fence.renewing:
                     await self._send_again()
@@ -123,13 +130,28 @@ class EventLog:
         return _Entry(self.last, data, b"".join((b"Weft-Event: %d\r\n" % self.last, state, self._type_line, extra)))
 
     def _send(self, entry: _Entry) -> None:
-        self._unacked[entry.n] = entry
-        entry.used = self._fence.lines
-        headers = b"".join((b"NATS/1.0\r\n", entry.used, entry.lines, b"\r\n"))
-        try:
-            self._broker.publish_then(self.subject, entry.data, headers=headers, then=partial(self._answered, entry))
-        except BrokerError:
-            self._lost(entry)
+        """Write an event that is to be acknowledged, and before it those that were held back."""
+        self._held_back.append(entry)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Write what was held back. On one connection to one server the last one's acknowledgement is for all."""
+        if not self._held_back:
+            return
+        held, self._held_back = self._held_back, []
+        lines, last = self._fence.lines, held[-1]
+        for entry in held:
+            self._unacked[entry.n] = entry
+            headers = b"".join((b"NATS/1.0\r\n", lines, entry.lines, b"\r\n"))
+            try:
+                if entry is last:
+                    then = partial(self._answered, entry)
+                    self._broker.publish_then(self.subject, entry.data, headers=headers, then=then)
+                else:
+                    self._broker.send(self.subject, entry.data, headers=headers)
+            except BrokerError:
+                self._lost(last)
+                return
 
     def _answered(self, entry: _Entry, ack: bytes, _: bytes | None, error: WeftError | None) -> None:
         if error is None and b'"error"' in ack:
@@ -140,7 +162,8 @@ class EventLog:
         if isinstance(error, Unreachable | TimedOut):
             self._lost(entry)
             return
-        self._unacked.pop(entry.n, None)
+        for n in self._up_to(entry.n):
+            del self._unacked[n]
         if isinstance(error, Conflict):
             self._fail(Fenced(f"a newer claim owns {self.subject}"))
         elif isinstance(error, BrokerError):
@@ -148,13 +171,23 @@ class EventLog:
         self._wake()
 
     def _lost(self, entry: _Entry) -> None:
-        self._unacked.pop(entry.n, None)
+        for n in self._up_to(entry.n):
+            self._redo[n] = self._unacked.pop(n)
         self._redo[entry.n] = entry
         self._wake()
 
+    def _up_to(self, last: int) -> list[int]:
+        """Numbers of the events without an acknowledgement that one for `last` speaks for."""
+        if not self._ordered:
+            return [last] if last in self._unacked else []
+        return [n for n in self._unacked if n <= last]
+
     def _wake(self) -> None:
-        if self._quiet is not None and not self._quiet.done() and (not self._unacked or self._failure):
-            self._quiet.set_result(None)
+        if self._waiting and (not self._unacked or self._failure):
+            waiting, self._waiting = self._waiting, []
+            for quiet in waiting:
+                if not quiet.done():
+                    quiet.set_result(None)
 
     def _fail(self, error: BrokerError | Fenced) -> None:
         if self._failure is None:

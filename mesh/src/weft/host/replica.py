@@ -256,7 +256,7 @@ class Replica:
         wanted = self.new_claim(work, delivery.ack)
         if delivery.times == 1:
             try:
-                token = await takeover.write_claim(self.broker, agent, task_id=task_id, claim=wanted, expected=0)
+                token = await takeover.first_claim(self.broker, agent, task_id=task_id, claim=wanted)
                 return self.own(work, wanted, token=token, slot=slot, delivery=delivery.ack)
             except Conflict:
                 log.debug("task %s was claimed before its first delivery here", task_id)

@@ -11,10 +11,10 @@ import logging
 import time
 from dataclasses import replace
 
-from weft.core.broker import Broker, Stored
+from weft.core.broker import Broker, Stored, sequence_of
 from weft_protocols import headers as h
 from weft_protocols import subjects
-from weft_protocols.errors import Conflict
+from weft_protocols.errors import Conflict, TimedOut, Unreachable
 from weft_protocols.records import HELD, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, END_LABELS, State
@@ -45,6 +45,15 @@ async def write_claim(broker: Broker, agent: str, *, task_id: str, claim: Claim,
         if stored is not None and stored.data == data:
             return stored.seq
         raise
+
+
+async def first_claim(broker: Broker, agent: str, *, task_id: str, claim: Claim) -> int:
+    """Store a claim on a task that nobody has claimed; its sequence. Conflict as in `write_claim`."""
+    try:
+        ack, _ = await broker.publish_once(subjects.claim(agent, task_id), claim.encode(), headers=_FIRST)
+        return sequence_of(ack)
+    except (Unreachable, TimedOut):
+        return await write_claim(broker, agent, task_id=task_id, claim=claim, expected=0)
 
 
 async def last_claim(broker: Broker, agent: str, task_id: str) -> tuple[int, Claim] | None:

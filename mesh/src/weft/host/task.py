@@ -198,7 +198,7 @@ class Task:
 
         The result must be JSON values, bytes, dataclasses or pydantic models; with a return annotation it comes
         back as that type. A parameter named `idempotency_key` gets the step's key for outside systems. Called
-        twice with one key, the second is `key-1`, and so on; synchronous functions run in a thread.
+        twice with one key, the second is `key#1`, and so on; synchronous functions run in a thread.
 
         Raises:
             StepChanged: the step is recorded with another input.
@@ -330,7 +330,7 @@ class Task:
     async def sleep(self, seconds: float) -> None:
         """Wait, without holding a slot; after a crash only for what is left."""
         run = self._run
-        key = run.journal.key(records.TIMER_KEY)
+        key = run.journal.own_key(records.TIMER_KEY)
         until = time.time() + seconds
         stored = await run.journal.read(key)
         if stored is not None:
@@ -355,7 +355,7 @@ class Task:
             DeadlineExceeded: no answer within `timeout`.
         """
         run = self._run
-        key = run.journal.key(records.ANSWER_KEY)
+        key = run.journal.own_key(records.ANSWER_KEY)
         stored = await run.journal.read(key)
         if stored is not None:
             answer = pb.Message.FromString(stored.data)
