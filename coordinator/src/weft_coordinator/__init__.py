@@ -1,0 +1,1 @@
+"""Delegation, locks, deadlock detection and read models."""

@@ -1,0 +1,258 @@
+"""The registry of agents: what is kept of each, who may register, and what callers are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from weft_coordinator.decide.presence import Presence
+from weft_protocols import subjects
+from weft_protocols.errors import Conflict, FieldViolation, InvalidParams, ParseError, PermissionDenied
+
+MAX_TEXT: Final = 16_384
+"""Characters of a description."""
+MAX_BODY: Final = 256 * 1024
+"""Bytes of a registration: cards are small, and every coordinator keeps them all."""
+_SKILL_TEXTS: Final = ("id", "name", "description")
+_SKILL_LISTS: Final = ("tags", "examples")
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One registered process of an agent."""
+
+    replica: str
+    version: str
+    code_digest: str
+    pid: int
+    host: str
+    slots: int
+    registered: int
+    """Unix milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRecord:
+    """What is stored of an agent: the card of its latest registration, and its replicas."""
+
+    agent: str
+    version: str = ""
+    description: str = ""
+    skills: tuple[Mapping[str, Any], ...] = ()
+    replicas: Mapping[str, Replica] = field(default_factory=dict)
+    revoked: bool = False
+
+    def encode(self) -> bytes:
+        """JSON, as it is stored."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["replicas"] = [dataclasses.asdict(replica) for replica in self.replicas.values()]
+        return json.dumps(values, separators=(",", ":")).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> AgentRecord:
+        """The record in `data`; unknown fields are ignored. ParseError if it is none."""
+        try:
+            raw = json.loads(data)
+            names = {f.name for f in dataclasses.fields(Replica)}
+            replicas = [Replica(**{k: v for k, v in one.items() if k in names}) for one in raw["replicas"]]
+            return AgentRecord(
+                raw["agent"],
+                raw["version"],
+                raw["description"],
+                tuple(raw["skills"]),
+                {replica.replica: replica for replica in replicas},
+                raw.get("revoked", False),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ParseError(f"not a registry record: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A replica's checked request to be known."""
+
+    agent: str
+    description: str
+    skills: tuple[Mapping[str, Any], ...]
+    replica: Replica
+
+
+def registration(body: Mapping[str, Any], *, caller: str, now: int) -> Registration:
+    """Check a registration.
+
+    Raises:
+        PermissionDenied: the caller is another agent, or the mesh itself.
+        InvalidParams: a field is missing or wrong; every such field is named.
+    """
+    fields = Fields(body)
+    agent = fields.text("agent")
+    if not fields.wrong and (agent != caller or agent in subjects.RESERVED_NAMES):
+        raise PermissionDenied(f"{caller} cannot register agent {agent!r}: an agent registers itself only")
+    made = Registration(
+        agent,
+        fields.text("description", limit=MAX_TEXT, default=""),
+        _skills(fields),
+        Replica(
+            fields.token("replica"),
+            fields.text("version"),
+            fields.text("code_digest", default=""),
+            fields.number("pid"),
+            fields.text("host", default=""),
+            fields.number("slots"),
+            now,
+        ),
+    )
+    fields.check(f"registration of {caller}")
+    return made
+
+
+def admit(
+    record: AgentRecord | None, wanted: Registration, *, presence: Presence, ended: frozenset[str], now: int
+) -> AgentRecord:
+    """The agent's record with this replica in it, and without those that are gone.
+
+    Two processes under one name and version must run the same code; a new version may run beside an old one.
+
+    Args:
+        record: What is stored.
+        wanted: The request.
+        presence: Who was heard of.
+        ended: Replicas whose process is known to have ended.
+        now: Unix milliseconds.
+
+    Raises:
+        Conflict: a live replica of the same version runs other code.
+    """
+    new = wanted.replica
+    kept: dict[str, Replica] = {}
+    for other in record.replicas.values() if record is not None else ():
+        state = presence.state(wanted.agent, other.replica, registered=other.registered, now=now)
+        if other.replica == new.replica or other.replica in ended or state == "gone":
+            continue
+        kept[other.replica] = other
+        if state in ("ready", "unknown") and other.version == new.version and other.code_digest != new.code_digest:
+            raise Conflict(
+                f"agent {wanted.agent} {new.version} is running with other code already: replica {other.replica} "
+                f"(pid {other.pid} on {other.host or 'an unknown host'}) has digest {other.code_digest[:12] or '-'}, "
+                f"this one {new.code_digest[:12] or '-'}. Give the new code another version, or stop the old replicas "
+                "first"
+            )
+    kept[new.replica] = new
+    return AgentRecord(wanted.agent, new.version, wanted.description, wanted.skills, kept)
+
+
+def leave(record: AgentRecord, replica: str) -> AgentRecord:
+    """The record without a replica."""
+    left = {name: one for name, one in record.replicas.items() if name != replica}
+    return dataclasses.replace(record, replicas=left)
+
+
+def revoke(agent: str) -> AgentRecord:
+    """The record of an agent that may not connect any more."""
+    return AgentRecord(agent, revoked=True)
+
+
+def show(record: AgentRecord, presence: Presence, *, now: int, replicas: bool) -> dict[str, Any]:
+    """An agent as `agents` answers; with its replicas where they may be seen."""
+    states = {
+        one.replica: presence.state(record.agent, one.replica, registered=one.registered, now=now)
+        for one in record.replicas.values()
+    }
+    found = set(states.values())
+    shown: dict[str, Any] = {
+        "name": record.agent,
+        "version": record.version,
+        "description": record.description,
+        "skills": list(record.skills),
+        "state": next((state for state in ("ready", "unknown", "draining", "stale") if state in found), "offline"),
+        "ready": sum(state == "ready" for state in states.values()),
+    }
+    if replicas:
+        shown["replicas"] = [
+            {
+                **dataclasses.asdict(one),
+                "state": states[one.replica],
+                **presence.show(record.agent, one.replica, registered=one.registered),
+            }
+            for one in record.replicas.values()
+            if states[one.replica] != "gone"
+        ]
+    return shown
+
+
+class Fields:
+    """Reads the fields of a JSON object and collects what is wrong with them."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._body = body
+        self.wrong: list[FieldViolation] = []
+
+    def text(self, name: str, *, limit: int = 256, default: str | None = None) -> str:
+        """A text of at most `limit` characters; required unless it has a default."""
+        value = self._body.get(name, default)
+        if not isinstance(value, str) or len(value) > limit or (not value and default is None):
+            self._mistake(name, f"must be a text of 1 to {limit} characters")
+            return ""
+        return value
+
+    def token(self, name: str) -> str:
+        """A text that can stand in a subject."""
+        value = self.text(name)
+        if value and not subjects.TOKEN.match(value):
+            self._mistake(name, "must be 1 to 64 of A-Z a-z 0-9 _ -")
+        return value
+
+    def number(self, name: str, *, default: int | None = None) -> int:
+        """A whole number from 0; required unless it has a default."""
+        value = self._body.get(name, default)
+        if type(value) is not int or not 0 <= value < 2**53:
+            self._mistake(name, "must be a whole number from 0")
+            return 0
+        return value
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """One of several texts."""
+        value = self._body.get(name)
+        if value not in choices:
+            self._mistake(name, f"must be one of {', '.join(choices)}")
+            return choices[0]
+        return str(value)
+
+    def check(self, what: str) -> None:
+        """Raise InvalidParams if anything was wrong."""
+        if self.wrong:
+            text = "; ".join(f"{one.field} {one.description}" for one in self.wrong)
+            raise InvalidParams(f"{what}: {text}", violations=tuple(self.wrong))
+
+    def _mistake(self, name: str, what: str) -> None:
+        self.wrong.append(FieldViolation(name, what))
+
+
+def _skills(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+    """The skills of a registration, known fields only."""
+    raw = fields._body.get("skills", [])
+    made: list[Mapping[str, Any]] = []
+    for skill in raw if isinstance(raw, list) else [None]:
+        if not isinstance(skill, dict) or not _skill_fits(skill):
+            fields._mistake("skills", "must be a list of {id, name, description, tags, schema}")
+            return ()
+        made.append(
+            {
+                **{name: skill.get(name, "") for name in _SKILL_TEXTS},
+                **{name: skill.get(name, []) for name in _SKILL_LISTS},
+                "schema": skill.get("schema", {}),
+            }
+        )
+    return tuple(made)
+
+
+def _skill_fits(skill: Mapping[str, Any]) -> bool:
+    texts = all(isinstance(skill.get(name, ""), str) for name in _SKILL_TEXTS)
+    lists = all(
+        isinstance(skill.get(name, []), list) and all(isinstance(item, str) for item in skill.get(name, []))
+        for name in _SKILL_LISTS
+    )
+    return bool(skill.get("id")) and texts and lists and isinstance(skill.get("schema", {}), dict)

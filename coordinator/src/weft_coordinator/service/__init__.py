@@ -1,0 +1,1 @@
+"""The coordinator's process: composition, handlers, life."""

@@ -1,0 +1,280 @@
+"""The coordinator put together: it connects its parts, serves, and follows the broker through restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from weft.core.broker import Broker, Delivered, Subscription
+from weft.core.supervise import Tasks
+from weft.core.topology import Drift, Report, reconcile
+from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.operations import Operations
+from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.settings import Settings
+from weft_coordinator.shell.log import StreamReader
+from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.tail import Tail
+from weft_coordinator.shell.tasks import TaskReader
+from weft_protocols import a2a
+from weft_protocols import headers as h
+from weft_protocols.errors import A2AError, BrokerError, InternalError, InvalidConfig, Unavailable, WeftError
+from weft_protocols.resources import topology
+from weft_protocols.subjects import GRAMMAR
+
+log = logging.getLogger("weft.coordinator")
+
+QUEUE: Final = "reads"
+"""Queue group in which each read is answered by one replica."""
+OPERATIONS_QUEUE: Final = "coord"
+"""Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
+EVERYWHERE: Final = ("heartbeat",)
+"""Operations every replica hears."""
+
+
+class Coordinator:
+    """One replica of the coordinator on one connection, which stays its owner's."""
+
+    def __init__(self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.settings = settings or Settings()
+        self.local = local or LocalMesh.of(broker.settings)
+        self.drift: tuple[Drift, ...] = ()
+        """Where the broker's streams and consumers are not as specified."""
+        self.ready_after = 0.0
+        """Seconds from `start` until everything stored had been read."""
+        self._broker = broker
+        self._index = TaskIndex(self.settings.finished_tasks)
+        self._reader = StreamReader(broker)
+        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._store = RegistryStore(broker, self._reader)
+        tasks = TaskReader(self._reader)
+        self._reads = Reads(broker, self._index, self._tail, tasks)
+        self._operations = Operations(
+            index=self._index,
+            tail=self._tail,
+            reader=tasks,
+            store=self._store,
+            local=self.local,
+            ensure=self._ensure,
+            facts=self._facts,
+            clock=_now,
+        )
+        self._gate = Gate(self.settings)
+        self._requests = Tasks(f"requests of coordinator {self.id}")
+        self._subscriptions: list[Subscription] = []
+        self._again = asyncio.Event()
+        self._doubtful = False
+        self._max_bytes: int | None = None
+        self._started = _now()
+        self._answered = 0
+
+    async def start(self) -> None:
+        """Make the topology exist, read everything stored, and begin to serve.
+
+        Raises:
+            BrokerError: the broker does not answer, or not to this identity.
+            InvalidConfig: the durability or mesh.yaml is wrong.
+        """
+        begun = time.monotonic()
+        await self._reader.open()
+        self._broker.on_reconnect(self._on_reconnect)
+        await self._settle()
+        await self._tail.sync()
+        self.ready_after = time.monotonic() - begun
+        log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
+        if self._index.dead:
+            log.warning("%d dead letters; see the operation dead-letters", len(self._index.dead))
+        coord = GRAMMAR["coord"]
+        await self._subscribe(GRAMMAR["rpc"].wildcard, self._on_read, QUEUE)
+        await self._subscribe(coord.wildcard, self._on_operation, OPERATIONS_QUEUE)
+        for operation in EVERYWHERE:
+            await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
+        await self._broker.flush()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set. Raises why the connection ended, if it ended for good."""
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow())
+            waits = [group.create_task(stop.wait()), group.create_task(self._broker.closed.wait())]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in (following, *waits):
+                task.cancel()
+        if self._broker.closed.is_set() and not stop.is_set():
+            raise self._broker.failure or Unavailable("the connection to the broker was closed")
+
+    async def aclose(self) -> None:
+        """Take no more requests and finish those under way, within the settings' `drain` seconds."""
+        for subscription in self._subscriptions:
+            await subscription.close()
+        try:
+            async with asyncio.timeout(self.settings.drain):
+                await self._requests.idle()
+        except TimeoutError:
+            log.warning("%d requests were under way and stay unanswered", len(self._requests))
+        await self._requests.aclose()
+        await self._reader.close()
+
+    # Following ---------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        while True:
+            try:
+                async with asyncio.timeout(self.settings.poll):
+                    await self._again.wait()
+            except TimeoutError:
+                pass
+            self._again.clear()
+            if not self._broker.connected:
+                continue
+            try:
+                if self._doubtful:
+                    await self._settle()
+                    self._doubtful = False
+                await self._tail.sync()
+                await self._store.sync()
+            except WeftError as error:
+                log.warning("could not read on: %s; trying again", error)
+
+    async def _settle(self) -> None:
+        """Streams and consumers exist, and the registry is read; it names the agents of a mesh elsewhere."""
+        report = await self._ensure(self.local.agents())
+        await self._store.sync()
+        if self.local.home is None and self._store.records:
+            report = await self._ensure(tuple(self._store.records))
+        self.drift = report.drifted
+
+    def _on_reconnect(self) -> None:
+        """The server may have lost its last writes, or its streams."""
+        self._tail.doubt()
+        self._store.doubt()
+        self._doubtful = True
+        self._again.set()
+
+    async def _ensure(self, agents: tuple[str, ...]) -> Report:
+        """Create what is missing of the streams and the agents' consumers; what differs is told, never changed."""
+        report = await reconcile(self._broker, topology(agents, self.local.durability(), max_bytes=self._limit()))
+        if report.created:
+            log.info("created %s", ", ".join(report.created))
+        for one in report.drifted:
+            if one not in self.drift:
+                log.warning("drift: %s", one)
+        return report
+
+    def _limit(self) -> int:
+        """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""
+        try:
+            self._max_bytes = self.local.max_bytes()
+        except InvalidConfig as error:
+            if self._max_bytes is None:
+                raise
+            log.warning("mesh.yaml is not read: %s", error)
+        return self._max_bytes
+
+    def _on_dead_letter(self, entry: Entry) -> None:
+        log.warning("dead letter: task %s of %s (caller %s)", entry.task, entry.agent, entry.caller)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "coordinator": self.id,
+            "pid": os.getpid(),
+            "started": self._started,
+            "ready_after": round(self.ready_after, 3),
+            "answered": self._answered,
+            "busy": self._gate.busy,
+            "drift": [str(one) for one in self.drift],
+        }
+
+    # Serving -----------------------------------------------------------------------------------
+
+    async def _subscribe(self, subject: str, handler: Callable[[Delivered], None], queue: str) -> None:
+        self._subscriptions.append(await self._broker.subscribe(subject, handler, queue=queue))
+
+    def _on_read(self, message: Delivered) -> None:
+        if message.reply:
+            self._requests.start(self._read(message), name=message.subject)
+
+    def _on_operation(self, message: Delivered) -> None:
+        if message.subject.split(".")[2] not in EVERYWHERE:
+            self._on_everywhere(message)
+
+    def _on_everywhere(self, message: Delivered) -> None:
+        self._requests.start(self._operate(message), name=message.subject)
+
+    async def _read(self, message: Delivered) -> None:
+        _, _, agent, method, caller = message.subject.split(".")
+        request = Request(agent, method, caller, h.parse(message.headers), message.data)
+
+        async def work() -> tuple[bytes, dict[str, str]]:
+            answer = await self._reads.answer(request)
+            return answer.data, answer.headers
+
+        data, headers = await self._outcome(caller, work, _a2a_error, deadline=self.settings.deadline)
+        self._reply(message, data, headers)
+
+    async def _operate(self, message: Delivered) -> None:
+        _, _, operation, caller = message.subject.split(".")
+
+        async def work() -> tuple[bytes, dict[str, str]]:
+            return json.dumps(await self._operations.answer(operation, caller, message.data)).encode(), {}
+
+        data, headers = await self._outcome(caller, work, _json_error, deadline=self.settings.change_deadline)
+        self._reply(message, data, headers)
+
+    async def _outcome(
+        self,
+        caller: str,
+        work: Callable[[], Awaitable[tuple[bytes, dict[str, str]]]],
+        show: Callable[[WeftError], tuple[bytes, dict[str, str]]],
+        *,
+        deadline: float,
+    ) -> tuple[bytes, dict[str, str]]:
+        """What to answer: the work's result or its error. Nothing one request does ends the others."""
+        try:
+            return await self._gate.run(caller, work, deadline=deadline)
+        except WeftError as error:
+            return show(error)
+        except Exception:
+            log.exception("a request of %s failed", caller)
+            return show(InternalError("the coordinator failed; its log says how"))
+
+    def _reply(self, message: Delivered, data: bytes, headers: dict[str, str]) -> None:
+        if not message.reply:
+            return
+        self._answered += 1
+        block = h.block(h.fields(headers)) if headers else None
+        if len(data) + len(block or b"") > self._broker.max_payload:
+            error = InternalError(f"the answer has {len(data)} bytes and the broker takes {self._broker.max_payload}")
+            data, headers = _a2a_error(error)
+            block = h.block(h.fields(headers))
+        try:
+            self._broker.send(message.reply, data, headers=block)
+        except BrokerError as error:
+            log.debug("%s stays unanswered: %s", message.subject, error)
+
+
+def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
+    """An error in the A2A binding; broker trouble is an internal error whose details callers may know."""
+    shown = error
+    if not isinstance(shown, A2AError):
+        shown = InternalError(str(error), metadata={"weft.error": type(error).__name__})
+    return a2a.error_body(shown), {h.ERROR: shown.reason}
+
+
+def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
+    body = {"error": {"type": type(error).__name__, "message": str(error)}}
+    return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,225 @@
+"""The coordinator's own operations, answered on `mesh.coord.{operation}.{caller}`: JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from weft.core.home import process_started
+from weft_coordinator.decide import registry
+from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.presence import Heartbeat, Presence
+from weft_coordinator.decide.registry import AgentRecord, Fields
+from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.tail import Tail
+from weft_coordinator.shell.tasks import TaskReader
+from weft_protocols import subjects
+from weft_protocols.errors import InvalidParams, MethodNotFound, ParseError, PermissionDenied
+from weft_protocols.states import State
+
+MAX_LETTERS: Final = 1000
+"""Dead letters of one answer."""
+Body = Mapping[str, Any]
+
+
+class Operations:
+    """Registry, presence, accounts, status.
+
+    Args:
+        local: The mesh's home directory, if it is here.
+        ensure: Makes the streams, and the consumers of the agents named, exist.
+        facts: What `status` tells of the process itself.
+        clock: Unix milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: TaskIndex,
+        tail: Tail,
+        reader: TaskReader,
+        store: RegistryStore,
+        local: LocalMesh,
+        ensure: Callable[[tuple[str, ...]], Awaitable[object]],
+        facts: Callable[[], dict[str, Any]],
+        clock: Callable[[], int],
+    ) -> None:
+        self._index = index
+        self._tail = tail
+        self._reader = reader
+        self._store = store
+        self._local = local
+        self._ensure = ensure
+        self._facts = facts
+        self._clock = clock
+        self.presence = Presence(clock())
+        self._operations: dict[str, Callable[[Body, str], Awaitable[dict[str, Any]]]] = {
+            "register": self._register,
+            "heartbeat": self._heartbeat,
+            "leave": self._leave,
+            "agents": self._agents,
+            "status": self._status,
+            "dead-letters": self._dead_letters,
+            "agent-add": self._agent_add,
+            "agent-revoke": self._agent_revoke,
+        }
+
+    async def answer(self, operation: str, caller: str, data: bytes) -> dict[str, Any]:
+        """The answer to a request. Raises the error to answer with instead."""
+        act = self._operations.get(operation)
+        if act is None:
+            raise MethodNotFound(f"there is no operation {operation}; there are {', '.join(self._operations)}")
+        return await act(_body(data), caller)
+
+    # Replicas ----------------------------------------------------------------------------------
+
+    async def _register(self, body: Body, caller: str) -> dict[str, Any]:
+        wanted = registry.registration(body, caller=caller, now=self._clock())
+        declared = self._local.agents()
+        if declared and wanted.agent not in declared:
+            raise PermissionDenied(f"{wanted.agent} is not an agent of this mesh but a caller")
+        if len(data := registry.AgentRecord(wanted.agent, skills=wanted.skills).encode()) > registry.MAX_BODY:
+            raise InvalidParams(f"the skills of {wanted.agent} have {len(data)} bytes; {registry.MAX_BODY} fit")
+
+        def decide(record: AgentRecord | None) -> AgentRecord:
+            return registry.admit(record, wanted, presence=self.presence, ended=_ended(record), now=self._clock())
+
+        await self._store.change(wanted.agent, decide)
+        self.presence.forget(wanted.agent, wanted.replica.replica)
+        await self._ensure((wanted.agent,))
+        return {"agent": wanted.agent, "replica": wanted.replica.replica}
+
+    async def _heartbeat(self, body: Body, caller: str) -> dict[str, Any]:
+        """A sign of life; `known` is false for a replica that must register (again)."""
+        fields = Fields(body)
+        replica = fields.token("replica")
+        heartbeat = Heartbeat(
+            fields.choice("state", ("ready", "draining")),
+            fields.number("active", default=0),
+            fields.number("waiting", default=0),
+            fields.number("slots", default=0),
+            fields.number("done", default=0),
+            fields.number("failed", default=0),
+            fields.number("last_progress", default=0),
+            self._clock(),
+        )
+        fields.check(f"heartbeat of {caller}")
+        if not self._knows(caller, replica):
+            await self._store.sync()
+        known = self._knows(caller, replica)
+        if known:
+            self.presence.heard(caller, replica, heartbeat)
+        return {"known": known}
+
+    def _knows(self, agent: str, replica: str) -> bool:
+        record = self._store.get(agent)
+        return record is not None and replica in record.replicas
+
+    async def _leave(self, body: Body, caller: str) -> dict[str, Any]:
+        fields = Fields(body)
+        replica = fields.token("replica")
+        fields.check(f"leave of {caller}")
+
+        def decide(record: AgentRecord | None) -> AgentRecord | None:
+            return None if record is None else registry.leave(record, replica)
+
+        await self._store.change(caller, decide)
+        self.presence.forget(caller, replica)
+        return {"replica": replica}
+
+    # Views -------------------------------------------------------------------------------------
+
+    async def _agents(self, body: Body, caller: str) -> dict[str, Any]:
+        await self._store.sync()
+        replicas, now = caller == subjects.OPERATOR, self._clock()
+        records = sorted(self._store.records.values(), key=lambda record: record.agent)
+        return {"agents": [registry.show(one, self.presence, now=now, replicas=replicas) for one in records]}
+
+    async def _status(self, body: Body, caller: str) -> dict[str, Any]:
+        _operator_only(caller, "status")
+        await self._tail.sync()
+        await self._store.sync()
+        states = {State(state).label: count for state, count in sorted(self._index.states.items()) if count}
+        return {
+            **self._facts(),
+            "tasks": {"total": len(self._index), "states": states, "skipped": self._index.skipped},
+            "read": asdict(self._index.watermark),
+            "dead_letters": len(self._index.dead),
+            "agents": (await self._agents(body, caller))["agents"],
+        }
+
+    async def _dead_letters(self, body: Body, caller: str) -> dict[str, Any]:
+        """The newest first."""
+        _operator_only(caller, "dead-letters")
+        fields = Fields(body)
+        limit = fields.number("limit", default=100)
+        fields.check("dead-letters")
+        await self._tail.sync()
+        dead = list(self._index.dead)
+        newest = dead[::-1][: min(limit, MAX_LETTERS)]
+        return {"dead_letters": [await self._letter(entry) for entry in newest], "total": len(dead)}
+
+    async def _letter(self, entry: Entry) -> dict[str, Any]:
+        record = await self._reader.dead_letter(entry)
+        told = asdict(record) if record is not None else {"reason": "", "error": "", "attempts": 0, "at": 0}
+        return {
+            **told,
+            "agent": entry.agent,
+            "task": entry.task,
+            "caller": entry.caller,
+            "context": entry.context,
+            "time": entry.time // 1_000_000,
+        }
+
+    # Accounts ----------------------------------------------------------------------------------
+
+    async def _agent_add(self, body: Body, caller: str) -> dict[str, Any]:
+        _operator_only(caller, "agent-add")
+        fields = Fields(body)
+        name, kind = fields.token("name"), fields.text("kind", default="agent")
+        fields.check("agent-add")
+        await self._local.add(subjects.check_name(name, f"{kind} name"), kind)
+        if kind == "agent":
+            await self._ensure((name,))
+        return {"name": name, "kind": kind}
+
+    async def _agent_revoke(self, body: Body, caller: str) -> dict[str, Any]:
+        """Its tasks stay, and can be read by those who sent them."""
+        _operator_only(caller, "agent-revoke")
+        fields = Fields(body)
+        name = fields.token("name")
+        fields.check("agent-revoke")
+        kind = await self._local.revoke(name)
+        if self._store.get(name) is not None:
+            await self._store.change(name, lambda record: None if record is None else registry.revoke(name))
+        self.presence.forget(name)
+        return {"name": name, "kind": kind}
+
+
+def _body(data: bytes) -> Body:
+    """The request's JSON object; nothing at all counts as an empty one."""
+    try:
+        body = json.loads(data) if data else {}
+    except ValueError as error:
+        raise ParseError(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ParseError("the body is not a JSON object")
+    return body
+
+
+def _operator_only(caller: str, operation: str) -> None:
+    if caller != subjects.OPERATOR:
+        raise PermissionDenied(
+            f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
+        )
+
+
+def _ended(record: AgentRecord | None) -> frozenset[str]:
+    """Replicas on this machine whose process is gone, so that their name need not wait to become stale."""
+    here = socket.gethostname()
+    local = [one for one in (record.replicas.values() if record is not None else ()) if one.host == here and one.pid]
+    return frozenset(one.replica for one in local if process_started(one.pid) is None)
