@@ -1,0 +1,1 @@
+"""Process supervision of one mesh on one machine: what `mesh up` runs."""
