@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -15,19 +16,18 @@ from typing import Any, Final, Self
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content, reads
-from weft.client.watch import Event, TaskWatch, event_of
+from weft.client.watch import Event, TaskWatch, event_of, refuses
 from weft.core.broker import Broker, Subscription
 from weft.core.supervise import Tasks
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import (
-    BrokerError,
     Conflict,
     DeadlineExceeded,
     InvalidRequest,
     TaskNotCancelable,
-    TaskNotFound,
     Unavailable,
+    Unreachable,
     UnsupportedOperation,
     WeftError,
 )
@@ -51,21 +51,34 @@ class _Watched:
     users: int = 0
     silent_checks: int = 0
     checking: bool = False
+    context: str = ""
+    anywhere: bool = False
+    """Whether its events may go to another origin."""
     elsewhere: Subscription | None = None
-    """Subscription for a task whose events go to another origin."""
+    """Subscription for those."""
+
+    def keep(self, subscription: Subscription) -> bool:
+        """Take a subscription for them, unless somebody was quicker or nobody follows the task any more."""
+        if self.elsewhere is not None or self.users <= 0:
+            return False
+        self.elsewhere = subscription
+        return True
 
 
 class Handle:
     """A task that was accepted. Await its result, read its events, answer it or cancel it."""
 
-    def __init__(self, mesh: Mesh, agent: str, *, task_id: str, context_id: str, watched: _Watched, since: int) -> None:
+    def __init__(
+        self, mesh: Mesh, watched: _Watched, *, context_id: str, message_id: str = "", since: int = 0, sent: int = 0
+    ) -> None:
         self._mesh = mesh
         self._watched = watched
+        self._message_id = message_id
         self._since = since
-        self.sent = 0
+        self.sent = sent
         """Stream sequence of the follow-up this handle was made by, 0 for the creating message."""
-        self.agent = agent
-        self.id = task_id
+        self.agent = watched.watch.agent
+        self.id = watched.watch.task_id
         self.context_id = context_id
 
     async def result(self, timeout: float | None = 60.0) -> TaskView:
@@ -74,30 +87,40 @@ class Handle:
         Raises:
             DeadlineExceeded: neither happened within `timeout` seconds; the task goes on.
             A2AError: the agent refused the message.
+            Unavailable, BrokerError: this client was closed, or its connection ended for good.
         """
         watch = self._watched.watch
         try:
             async with asyncio.timeout(timeout):
-                await watch.stopped(after=self._since)
+                await watch.stopped(after=self._since, sent=self.sent, message_id=self._message_id)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"task {self.id} of {self.agent} has not ended within {timeout:g} s (it is "
                 f"{watch.state or 'waiting to be picked up'} and goes on); follow it with its id"
             ) from None
         self._check_order()
-        last = watch.last_event()
-        if last is not None and (error := last.error) is not None:
+        if watch.stop is not None and (error := watch.stop.error) is not None:
             raise error
-        return a2a.view(await content.expand_task(self._mesh.broker, watch.task()), agent=self.agent, events=watch.seen)
+        return await self._mesh._view(watch)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Every event from the first, until the task ends or waits for its caller."""
-        async for event in self._mesh._follow(self._watched, self.id, since=self._since):
-            self._check_order()
-            yield event
+    async def events(self, *, timeout: float | None = None) -> AsyncGenerator[Event, None]:
+        """Every event from the first, or from the follow-up on, until the task ends or waits for its caller.
+
+        Raises:
+            DeadlineExceeded: neither happened within `timeout` seconds; the task goes on.
+            and what `result` raises.
+        """
+        events = self._mesh._follow(
+            self._watched, since=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout
+        )
+        async with aclosing(events):
+            async for event in events:
+                self._check_order()
+                yield event
+        self._check_order()
 
     def _check_order(self) -> None:
-        """A follow-up stored after the terminal event came too late, whoever read it (binding, section "follow-ups")."""
+        """A follow-up stored after the terminal event came too late, whoever read it (binding, section 12)."""
         watch = self._watched.watch
         if watch.ended and 0 < watch.stop_seq < self.sent:
             raise UnsupportedOperation(
@@ -109,8 +132,9 @@ class Handle:
         return await self._mesh.send(self.agent, message, task_id=self.id, context_id=self.context_id, **options)
 
     async def cancel(self, *, reason: str = "", timeout: float = 30.0) -> TaskView:
-        """Cancel the task and wait until it ended."""
-        return await self._mesh.cancel(self.agent, self.id, reason=reason, timeout=timeout)
+        """Cancel the task and wait until it ended; see `Mesh.cancel`."""
+        created_by = "" if self.sent else self._message_id
+        return await self._mesh._cancel(self._watched, message_id=created_by, reason=reason, timeout=timeout)
 
     async def aclose(self) -> None:
         """Stop following. The task goes on."""
@@ -140,23 +164,42 @@ class Mesh:
         self._readers = 0
         self._tasks = Tasks(f"mesh of {self.caller}")
         self._ticker: asyncio.TimerHandle | None = None
+        self._live: Subscription | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._failure: Exception | None = None
+        self._secret = os.urandom(16)
         self._static = h.fields({h.VERSION: h.A2A_VERSION, h.ORIGIN: self.origin})
         self._create = h.fields({h.EXPECTED_SEQUENCE: "0"})
 
     async def start(self) -> Self:
         """Subscribe to the live events of this origin."""
-        await self.broker.subscribe_raw(subjects.live(self.caller, self.origin), self._on_live)
+        self._live = await self.broker.subscribe_raw(subjects.live(self.caller, self.origin), self._on_live)
         await self.broker.flush()
-        self.broker.on_reconnect(self._resync_all)
+        self._undo = [self.broker.on_reconnect(self._resync_all), self.broker.on_lost(self._on_lost)]
         return self
 
     async def aclose(self) -> None:
         """Stop following everything; the connection itself belongs to whoever opened it."""
+        self._fail(Unavailable("the mesh client was closed"))
+        for undo in self._undo:
+            undo()
         if self._ticker is not None:
             self._ticker.cancel()
-        for watched in self._watched.values():
-            watched.watch.fail(Unavailable("the mesh client was closed"))
         await self._tasks.aclose()
+        for subscription in (self._live, *(watched.elsewhere for watched in self._watched.values())):
+            if subscription is not None:
+                await subscription.close()
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing more will be heard: wake everybody who waits."""
+        if self._failure is None:
+            self._failure = error
+            for watched in self._watched.values():
+                watched.watch.fail(error)
+
+    def _on_lost(self) -> None:
+        if self.broker.closed.is_set():
+            self._fail(self.broker.failure or Unreachable("the connection to the broker is closed"))
 
     async def submit(
         self,
@@ -204,12 +247,14 @@ class Mesh:
             subject = subjects.task(agent, ids.slice_of(context_id), self.caller, task_id)
             await self.broker.publish(subject, body, headers=block)
         except Conflict:
-            await self._listen_elsewhere(watched)
+            # It was sent before, perhaps by another process, where its events go then.
+            watched.anywhere = True
             self._tasks.start(self._resync(watched), name=f"resync {task_id}")
         except BaseException:
             await self._unwatch(watched)
             raise
-        return Handle(self, agent, task_id=task_id, context_id=context_id, watched=watched, since=0)
+        watched.context = context_id
+        return Handle(self, watched, context_id=context_id, message_id=message_id)
 
     async def send(
         self,
@@ -239,35 +284,51 @@ class Mesh:
         async with handle:
             return await handle.result(wait)
 
-    async def stream(self, agent: str, message: Any, **options: Any) -> AsyncIterator[Event]:
-        """Send a message and yield its task's events until it ends or waits (SendStreamingMessage)."""
-        task_id = options.pop("task_id", None)
+    async def stream(
+        self,
+        agent: str,
+        message: Any,
+        *,
+        task_id: str | None = None,
+        timeout: float | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """Send a message and yield its task's events until it ends or waits (SendStreamingMessage).
+
+        Options and errors are those of `send`, but for `timeout`: by default the deadline and a grace, or none.
+        """
+        wait = deadline + GRACE if timeout is None and deadline is not None else timeout
         if task_id is None:
-            handle = await self.submit(agent, message, **options)
+            handle = await self.submit(agent, message, deadline=deadline, **options)
         else:
-            handle = await self._follow_up(agent, task_id, message=message, options=options)
-        async with handle:
-            async for event in handle.events():
+            handle = await self._follow_up(agent, task_id, message=message, options={"deadline": deadline, **options})
+        async with handle, aclosing(handle.events(timeout=wait)) as events:
+            async for event in events:
                 yield event
 
-    async def subscribe(self, agent: str, task_id: str, *, after: int = 0) -> AsyncIterator[Event]:
+    async def subscribe(
+        self, agent: str, task_id: str, *, after: int = 0, timeout: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Events of a task from after event `after` on, until it ends or waits; also after this caller restarted.
 
         Raises:
             TaskNotFound: no such task of this caller.
             Unavailable: nobody is there to read the log (the coordinator is not running).
+            DeadlineExceeded: it neither ended nor waits after `timeout` seconds.
         """
         watched = await self._open(agent, task_id, after=after)
         try:
-            async for event in self._follow(watched, task_id, since=after):
-                yield event
+            async with aclosing(self._follow(watched, since=after, timeout=timeout)) as events:
+                async for event in events:
+                    yield event
         finally:
             await self._unwatch(watched)
 
     async def handle(self, agent: str, task_id: str) -> Handle:
         """A handle on a task that was sent before, also by another process of this identity."""
         watched = await self._open(agent, task_id, after=0)
-        return Handle(self, agent, task_id=task_id, context_id="", watched=watched, since=0)
+        return Handle(self, watched, context_id=watched.context)
 
     async def result(self, agent: str, task_id: str, *, timeout: float | None = 60.0) -> TaskView:
         """The result of a task that was sent before."""
@@ -303,26 +364,35 @@ class Mesh:
         """Cancel a task and wait until it ended (CancelTask).
 
         Raises:
-            TaskNotCancelable: it had ended before the cancel was stored.
+            TaskNotCancelable: it had ended before the cancel was stored, or ended otherwise before it had an effect.
             TaskNotFound: no such task of this caller.
             DeadlineExceeded: it has not ended within `timeout` seconds; the cancel stays in force.
         """
         watched = await self._open(agent, task_id, after=0)
         try:
-            sequence = await self.send_cancel(agent, task_id, context_id=await self._context(watched), reason=reason)
-            try:
-                async with asyncio.timeout(timeout):
-                    while not watched.watch.ended:
-                        await watched.watch.stopped(after=watched.watch.seen)
-            except TimeoutError:
-                raise DeadlineExceeded(
-                    f"task {task_id} of {agent} has not ended within {timeout:g} s of its cancel, which stays in force"
-                ) from None
-            if watched.watch.stop_seq and watched.watch.stop_seq < sequence:
-                raise TaskNotCancelable(f"task {task_id} of {agent} had ended as {watched.watch.state} before")
-            return a2a.view(watched.watch.task(), agent=agent, events=watched.watch.seen)
+            return await self._cancel(watched, reason=reason, timeout=timeout)
         finally:
             await self._unwatch(watched)
+
+    async def _cancel(self, watched: _Watched, *, message_id: str = "", reason: str, timeout: float) -> TaskView:
+        watch = watched.watch
+        task = f"task {watch.task_id} of {watch.agent}"
+        if watch.ended:
+            raise TaskNotCancelable(f"{task} has ended as {watch.state}")
+        context_id = await self._context(watched)
+        sequence = await self.send_cancel(
+            watch.agent, watch.task_id, context_id=context_id, message_id=message_id, reason=reason
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                await watch.over()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{task} has not ended within {timeout:g} s of its cancel, which stays in force"
+            ) from None
+        if watch.state != State.CANCELED.label or 0 < watch.stop_seq < sequence:
+            raise TaskNotCancelable(f"{task} had ended as {watch.state} before")
+        return await self._view(watch)
 
     async def send_cancel(
         self, agent: str, task_id: str, *, context_id: str, message_id: str = "", reason: str = ""
@@ -350,34 +420,44 @@ class Mesh:
             if wanted and wanted != context_id:
                 raise InvalidRequest(f"task {task_id} belongs to context {context_id}, not {wanted}")
             since = watch.seen
+            message_id = options.pop("message_id", None) or uuid.uuid4().hex
+            deadline, headers = options.pop("deadline", None), options.pop("headers", None)
             meta = dict(options.pop("metadata", None) or {})
             if (skill := options.pop("skill", None)) is not None:
                 meta[a2a.SKILL] = skill
+            if options:
+                raise TypeError(f"a follow-up takes no option {', '.join(options)}")
             proto = await content.to_message(
                 self.broker,
                 message,
-                message_id=options.pop("message_id", None) or uuid.uuid4().hex,
+                message_id=message_id,
                 context_id=context_id,
                 task_id=task_id,
                 metadata=meta,
             )
             body = content.check_size(pb.SendMessageRequest(message=proto).SerializeToString(), self.broker.max_payload)
-            deduplicate = h.fields({h.DEDUPLICATION_ID: f"{self.caller}:{task_id}:{proto.message_id}"})
-            block = h.block(
-                self._static,
-                deduplicate,
-                self._options(options.pop("deadline", None), options.pop("headers", None)),
-            )
+            deduplicate = h.fields({h.DEDUPLICATION_ID: self._own_id(task_id, message_id)})
+            block = h.block(self._static, deduplicate, self._options(deadline, headers))
             subject = subjects.input(agent, ids.slice_of(context_id), self.caller, task_id)
             sequence = await self.broker.publish(subject, body, headers=block)
-            handle = Handle(self, agent, task_id=task_id, context_id=context_id, watched=watched, since=since)
-            handle.sent = sequence
-            return handle
+            return Handle(self, watched, context_id=context_id, message_id=message_id, since=since, sent=sequence)
         except BaseException:
             await self._unwatch(watched)
             raise
 
+    def _own_id(self, task_id: str, message_id: str) -> str:
+        """An id nobody else can have used up: the broker compares it with those of everybody's messages."""
+        return hashlib.sha256(self._secret + f"{task_id}:{message_id}".encode()).hexdigest()[:32]
+
+    async def _view(self, watch: TaskWatch) -> TaskView:
+        return a2a.view(await content.expand_task(self.broker, watch.task()), agent=watch.agent, events=watch.seen)
+
     async def _context(self, watched: _Watched) -> str:
+        if not watched.context:
+            watched.context = await self._read_context(watched)
+        return watched.context
+
+    async def _read_context(self, watched: _Watched) -> str:
         last = watched.watch.last_event()
         if last is not None:
             event = last.decode()
@@ -400,14 +480,16 @@ class Mesh:
 
     # Following tasks ---------------------------------------------------------------------------
 
-    def _watch(self, agent: str, task_id: str, *, after: int = 0) -> _Watched:
-        watched = self._watched.get(task_id)
+    def _watch(self, agent: str, task_id: str) -> _Watched:
+        if self._failure is not None:
+            raise self._failure
+        key = f"{agent}.{task_id}"
+        watched = self._watched.get(key)
         if watched is None:
-            watched = _Watched(task_id, TaskWatch(agent, task_id, after=after))
+            watched = _Watched(key, TaskWatch(agent, task_id))
             watched.watch.last_heard = asyncio.get_running_loop().time()
-            self._watched[task_id] = watched
-            if self._ticker is None:
-                self._ticker = asyncio.get_running_loop().call_later(TICK, self._tick)
+            self._watched[key] = watched
+            self._keep_ticking()
         watched.users += 1
         return watched
 
@@ -415,34 +497,47 @@ class Mesh:
         """Follow a task that exists: listen first, then read what was before."""
         subjects.check_name(agent)
         subjects.check_task_id(task_id)
-        known = self._watched.get(task_id)
-        if known is not None and known.watch.seen and after == 0:
+        if self._failure is not None:
+            raise self._failure
+        known = self._watched.get(f"{agent}.{task_id}")
+        if known is not None and after == 0 and (known.watch.seen or not known.anywhere):
             known.users += 1
             return known
         if after:
             # A reader in the middle of the log has its own view of it.
             self._readers += 1
-            watched = _Watched(f"{task_id}/{self._readers}", TaskWatch(agent, task_id, after=after), users=1)
+            watched = _Watched(f"{agent}.{task_id}/{self._readers}", TaskWatch(agent, task_id, after=after), users=1)
+            watched.watch.last_heard = asyncio.get_running_loop().time()
             self._watched[watched.key] = watched
+            self._keep_ticking()
         else:
             watched = self._watch(agent, task_id)
+        watched.anywhere = True
         try:
             await self._listen_elsewhere(watched)
             await self._fill(watched)
+            if after and watched.watch.seen == after:
+                view = await self.get(agent, task_id, history_length=0)
+                if view.state.terminal and view.events <= after:
+                    watched.watch.state = view.state.label
         except BaseException:
             await self._unwatch(watched)
             raise
         return watched
 
     async def _listen_elsewhere(self, watched: _Watched) -> None:
-        if watched.elsewhere is None:
-            pattern = subjects.live_task(self.caller, watched.watch.agent, watched.watch.task_id)
+        if watched.elsewhere is not None:
+            return
+        pattern = subjects.live_task(self.caller, watched.watch.agent, watched.watch.task_id)
 
-            def feed(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-                self._feed(watched, RawEvent.of(bytes(data), headers))
+        def feed(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+            self._feed(watched, RawEvent.of(bytes(data), headers))
 
-            watched.elsewhere = await self.broker.subscribe_raw(pattern, feed)
+        subscription = await self.broker.subscribe_raw(pattern, feed)
+        if watched.keep(subscription):
             await self.broker.flush()
+        else:
+            await subscription.close()
 
     async def _unwatch(self, watched: _Watched) -> None:
         watched.users -= 1
@@ -453,20 +548,26 @@ class Mesh:
         if watched.elsewhere is not None:
             await watched.elsewhere.close()
 
-    async def _follow(self, watched: _Watched, task_id: str, *, since: int) -> AsyncIterator[Event]:
+    async def _follow(
+        self, watched: _Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         watch = watched.watch
         queue = watch.reader()
+        until = None if timeout is None else asyncio.get_running_loop().time() + timeout
         try:
-            while True:
-                raw: RawEvent = await queue.get()
-                if raw.n <= since:
+            while not (watch.ended and queue.empty()):
+                raw = await (queue.get() if until is None else _until(queue, until, watch))
+                if raw is None:
+                    raise watch.failed or Unavailable("nothing more will be heard of the task")
+                if (raw.seq <= sent) if sent and raw.seq else (raw.n <= since):
+                    continue
+                if raw.reason and (refused := refuses(raw)) and refused != message_id:
                     continue
                 if (error := raw.error) is not None:
                     raise error
                 proto = raw.decode()
-                if proto.HasField("artifact_update"):
-                    await content.expand_artifact(self.broker, proto.artifact_update.artifact)
-                event = event_of(raw, proto, task_id=task_id, agent=watch.agent)
+                await content.expand_event(self.broker, proto)
+                event = event_of(raw, proto, task_id=watch.task_id, agent=watch.agent)
                 yield event
                 if event.state is not None and (event.state.terminal or event.state.interrupted):
                     return
@@ -474,7 +575,8 @@ class Mesh:
             watch.release(queue)
 
     def _on_live(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        watched = self._watched.get(subject[-32:].decode())
+        # Any agent can write events for this origin under its own name: only the task's agent is listened to.
+        watched = self._watched.get(subject[subject.rfind(b".", 0, -33) + 1 :].decode())
         if watched is not None:
             self._feed(watched, RawEvent.of(bytes(data), headers))
 
@@ -493,7 +595,10 @@ class Mesh:
                 watched.silent_checks += 1
                 watched.watch.last_heard = now
                 self._tasks.start(self._resync(watched), name=f"resync {watched.watch.task_id}")
-        if self._watched:
+        self._keep_ticking()
+
+    def _keep_ticking(self) -> None:
+        if self._ticker is None and self._watched and self._failure is None:
             self._ticker = asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def _resync_all(self) -> None:
@@ -508,6 +613,8 @@ class Mesh:
         watched.checking = True
         watch = watched.watch
         try:
+            if watched.anywhere:
+                await self._listen_elsewhere(watched)
             subject = subjects.event(watch.agent, watch.task_id, self.caller, self.origin)
             last = await self.broker.last(STREAM, subject)
             if last is not None:
@@ -517,10 +624,10 @@ class Mesh:
                 watch.feed(event, now=asyncio.get_running_loop().time())
                 if not watch.has_gap:
                     return
-            elif watched.elsewhere is None:
+            elif not watched.anywhere:
                 return
             await self._fill(watched)
-        except (BrokerError, Unavailable, TaskNotFound) as error:
+        except WeftError as error:
             reads.log.debug("resync of %s: %s", watch.task_id, error)
         finally:
             watched.checking = False
@@ -528,22 +635,31 @@ class Mesh:
     async def _fill(self, watched: _Watched) -> None:
         """Read the log from after what is known."""
         watch = watched.watch
-        while True:
-            page = await reads.events_after(self.broker, watch.agent, watch.task_id, after=watch.seen)
+        while not watch.ended:
+            after = watch.seen
+            page = await reads.events_after(self.broker, watch.agent, watch.task_id, after=after)
+            if not page or page[-1].n <= after:
+                return
             now = asyncio.get_running_loop().time()
-            if not page:
-                return
-            if page[0].n > watch.seen + 1:
-                watch.skip_to(page[0].n, now=now)
             for event in page:
+                watch.skip_to(event.n, now=now)  # what a page leaves out was never stored
                 watch.feed(event, now=now)
-            if page[-1].n > watch.seen:
-                return
 
     @property
     def following(self) -> int:
         """Number of tasks this client follows."""
         return len(self._watched)
+
+
+async def _until(queue: asyncio.Queue[RawEvent | None], until: float, watch: TaskWatch) -> RawEvent | None:
+    try:
+        async with asyncio.timeout_at(until):
+            return await queue.get()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"task {watch.task_id} of {watch.agent} has not ended in time (it is "
+            f"{watch.state or 'waiting to be picked up'} and goes on); follow it with its id"
+        ) from None
 
 
 @asynccontextmanager
@@ -556,9 +672,10 @@ async def connect(
     (`home`, or found from the current directory upward). The default identity is `local`.
 
     Raises:
-        InvalidConfig: there is no mesh here, or it does not know this identity.
+        Unavailable: there is no mesh here, or it is not running.
+        InvalidConfig: the environment is contradictory, or a file is damaged.
         Unreachable: its broker does not answer within `timeout` seconds.
-        NotAuthenticated: the broker refused the identity.
+        NotAuthenticated: the mesh does not know this identity, or the broker refused it.
     """
     from weft.core.config import load_settings
 

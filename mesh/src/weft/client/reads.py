@@ -43,6 +43,8 @@ async def call(
     timeout: float = 5.0,
 ) -> Reply:
     """One A2A operation by request and reply. Raises its A2A error, or Unavailable if nobody answers."""
+    if agent != ANY_AGENT:
+        subjects.check_name(agent)
     subject = subjects.rpc(agent, method, broker.settings.identity)
     block = h.block(h.fields({h.VERSION: h.A2A_VERSION}), extra)
     try:

@@ -80,9 +80,14 @@ def event_of(raw: RawEvent, proto: pb.StreamResponse, *, task_id: str, agent: st
         state,
         message=message,
         metadata=metadata,
-        replica=replica.decode() if replica else "",
-        attempt=int(attempt) if attempt else 0,
+        replica=replica.decode("utf-8", "replace") if replica else "",
+        attempt=int(attempt) if attempt and attempt.isdigit() else 0,
     )
+
+
+def refuses(event: RawEvent) -> str:
+    """Id of the follow-up that an event refuses; empty where it refuses none."""
+    return (h.get(event.headers, b"Weft-In-Reply-To") or b"").decode("utf-8", "replace")
 
 
 class TaskWatch:
@@ -96,19 +101,22 @@ class TaskWatch:
         self.last_heard = 0.0
         self.state = ""
         """`Weft-State` of the last event that had one."""
-        self._stop: RawEvent | None = None
+        self.stop: RawEvent | None = None
+        """The event that last stopped the task."""
         self.base: pb.Task | None = None
         """Snapshot the events extend, where watching began in the middle."""
         self._early: dict[int, RawEvent] = {}
         self._events: deque[RawEvent] = deque()
+        self._refusals: dict[str, RawEvent] = {}
         self._changed = asyncio.Event()
-        self._readers: list[asyncio.Queue[RawEvent]] = []
+        self._readers: list[asyncio.Queue[RawEvent | None]] = []
         self.failed: Exception | None = None
+        """Why nothing more will come."""
 
     @property
     def stop_seq(self) -> int:
         """Stream sequence of the event that last stopped the task; 0 where unknown."""
-        return self._stop.seq if self._stop is not None else 0
+        return self.stop.seq if self.stop is not None else 0
 
     @property
     def has_gap(self) -> bool:
@@ -134,10 +142,9 @@ class TaskWatch:
 
     def skip_to(self, n: int, *, now: float) -> None:
         """Accept that no event before `n` exists that is not here yet."""
-        if n - 1 > self.seen:
-            self.seen = n - 1
-            for early in sorted(k for k in self._early if k <= self.seen):
-                del self._early[early]
+        for early in sorted(k for k in self._early if k < n):
+            self._take(self._early.pop(early))
+        self.seen = max(self.seen, n - 1)
         follows = self._early.pop(self.seen + 1, None)
         if follows is not None:
             self.feed(follows, now=now)
@@ -146,25 +153,50 @@ class TaskWatch:
         """Wake everybody who waits with an error."""
         self.failed = error
         self._changed.set()
+        for queue in self._readers:
+            queue.put_nowait(None)
 
     def _take(self, event: RawEvent) -> None:
         self.seen = event.n
         self._events.append(event)
-        if event.state:
+        if event.reason and (refused := refuses(event)):
+            # It only repeats the state, and concerns nobody but the sender of that message.
+            self._refusals[refused] = event
+            self._changed.set()
+        elif event.state:
             self.state = event.state
             if event.state in STOPS:
-                self._stop = event
+                self.stop = event
                 self._changed.set()
         for queue in self._readers:
             queue.put_nowait(event)
 
-    async def stopped(self, *, after: int = 0) -> str:
-        """Wait until the task ends or is interrupted by an event later than number `after`; its state label."""
+    async def stopped(self, *, after: int = 0, sent: int = 0, message_id: str = "") -> str:
+        """Wait until the task ends, or is interrupted by an event later than number `after`; its state label.
+
+        Where a follow-up was stored with sequence `sent`, by an event stored after it.
+
+        Raises:
+            A2AError: the message `message_id` was refused.
+        """
         while True:
+            if (refusal := self._refusals.get(message_id)) is not None and (error := refusal.error) is not None:
+                raise error
+            stop = self.stop
+            if self.ended:
+                return self.state
+            if self.state in STOPS and stop is not None and (stop.seq > sent if sent and stop.seq else stop.n > after):
+                return self.state
             if self.failed is not None:
                 raise self.failed
-            if self.ended or (self.state in STOPS and self._stop is not None and self._stop.n > after):
-                return self.state
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def over(self) -> None:
+        """Wait until the task has ended."""
+        while not self.ended:
+            if self.failed is not None:
+                raise self.failed
             self._changed.clear()
             await self._changed.wait()
 
@@ -172,20 +204,23 @@ class TaskWatch:
         """The last event in order."""
         return self._events[-1] if self._events else None
 
-    def reader(self) -> asyncio.Queue[RawEvent]:
-        """A queue of all events so far and to come; hand it back to `release`."""
-        queue: asyncio.Queue[RawEvent] = asyncio.Queue()
+    def reader(self) -> asyncio.Queue[RawEvent | None]:
+        """A queue of all events so far and to come, None after which nothing comes; hand it back to `release`."""
+        queue: asyncio.Queue[RawEvent | None] = asyncio.Queue()
         for event in self._events:
             queue.put_nowait(event)
+        if self.failed is not None:
+            queue.put_nowait(None)
         self._readers.append(queue)
         return queue
 
-    def release(self, queue: asyncio.Queue[RawEvent]) -> None:
+    def release(self, queue: asyncio.Queue[RawEvent | None]) -> None:
         """Stop filling a reader's queue."""
         self._readers.remove(queue)
 
     def task(self) -> pb.Task:
         """The task as the events so far describe it."""
-        task = a2a.fold((event.decode() for event in self._events), self.base)
+        events = (event for event in self._events if not (event.reason and refuses(event)))
+        task = a2a.fold((event.decode() for event in events), self.base)
         task.id = task.id or self.task_id
         return task

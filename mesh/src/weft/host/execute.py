@@ -153,7 +153,7 @@ def _chosen(run: Run) -> tuple[Skill, dict[str, Any]]:
 async def _handler(skill: Skill, run: Run, arguments: dict[str, Any]) -> Any:
     if skill.signature.is_async:
         return await skill.handler(**arguments)
-    return await call(skill.handler, (), arguments)
+    return await call(skill.handler, (), arguments, threads=run.threads)
 
 
 async def _completed(replica: Owner, run: Run, *, skill: Skill, result: Any) -> None:

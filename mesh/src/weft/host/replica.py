@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from a2a.types import a2a_pb2 as pb
@@ -41,6 +42,8 @@ log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
 """Follow-ups and cancels a replica takes at a time; they need no slot."""
+SPARE_THREADS: Final = 32
+"""Threads beyond one for each handler: for steps side by side, and for those that nobody waits for any more."""
 LAST_WORDS: Final = 5.0
 """Seconds for handing back, and for handlers to end once they are stopped."""
 
@@ -70,6 +73,7 @@ class Replica:
         """Its time to finish what runs is over: everything is handed back."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.threads = ThreadPoolExecutor(agent.concurrency + SPARE_THREADS, thread_name_prefix=f"weft-{agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
         self._work: PullLoop | None = None
@@ -152,6 +156,7 @@ class Replica:
                 await self._jobs.aclose()
         except TimeoutError:
             log.warning("%d handlers do not stop; they can write nothing any more", len(self._jobs))
+        self.threads.shutdown(wait=False, cancel_futures=True)
         await self._tasks.aclose()
         await self.mesh.aclose()
 
@@ -364,6 +369,7 @@ class Replica:
             journal=journal,
             slot=slot,
             settle=self.settle,
+            threads=self.threads,
         )
         report.append(run.failed_write)
         run.deliveries.append(delivery)

@@ -9,6 +9,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,8 @@ class Run:
     slot: SlotHold
     settle: Callable[[str], None]
     """Acknowledges a delivery."""
+    threads: Executor
+    """Where synchronous handlers and steps run."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)

@@ -9,7 +9,8 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Mapping
-from contextvars import ContextVar
+from concurrent.futures import Executor
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -434,7 +435,7 @@ async def _try(
 ) -> tuple[Any, int]:
     """The result of a step's body and how many tries it took."""
     idempotency_key = ids.idempotency_key(run.task_id, key)
-    if "idempotency_key" not in kwargs and "idempotency_key" in inspect.signature(fn).parameters:
+    if "idempotency_key" not in kwargs and _takes_key(fn):
         kwargs = {**kwargs, "idempotency_key": idempotency_key}
     token = _KEY.set(idempotency_key)
     try:
@@ -443,7 +444,7 @@ async def _try(
                 limit = asyncio.timeout(options.timeout)
                 try:
                     async with limit:
-                        return await call(fn, args, kwargs), attempt + 1
+                        return await call(fn, args, kwargs, threads=run.threads), attempt + 1
                 except Exception as error:
                     late = isinstance(error, TimeoutError) and limit.expired()
                     if late and attempt == options.retries:
@@ -458,6 +459,13 @@ async def _try(
     raise AssertionError("unreachable: the last try returns or raises")
 
 
+def _takes_key(fn: Callable[..., Any]) -> bool:
+    try:
+        return "idempotency_key" in inspect.signature(fn).parameters
+    except (ValueError, TypeError):
+        return False  # a builtin without a signature
+
+
 def _is_final(error: Exception, options: StepOptions) -> bool:
     """Whether another try cannot help."""
     if isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded):
@@ -465,11 +473,12 @@ def _is_final(error: Exception, options: StepOptions) -> bool:
     return isinstance(error, options.final)
 
 
-async def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+async def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, threads: Executor) -> Any:
     """Call a function: await a coroutine function, run any other in a thread."""
     if inspect.iscoroutinefunction(fn):
         return await fn(*args, **kwargs)
-    result = await asyncio.to_thread(functools.partial(fn, *args, **kwargs))
+    in_context = functools.partial(copy_context().run, fn, *args, **kwargs)
+    result = await asyncio.get_running_loop().run_in_executor(threads, in_context)
     return await result if inspect.isawaitable(result) else result
 
 

@@ -1,10 +1,12 @@
-"""What tests of meshes and agents use, imported when first used::
+"""What tests of meshes and agents use. Names are imported when first used.
 
-from weft.testing import mesh_for
+::
 
-async def test_my_agent() -> None:
-    async with mesh_for(agent) as mesh:
-        assert (await mesh.send("my-agent", "hello")).text == "hello back"
+    from weft.testing import mesh_for
+
+    async def test_my_agent() -> None:
+        async with mesh_for(agent) as mesh:
+            assert (await mesh.send("my-agent", "hello")).text == "hello back"
 """
 
 from __future__ import annotations
@@ -13,18 +15,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.testing.agents import LocalReplica, ReplicaProcess, eventually, mesh_for, running
+    from weft.testing.agents import LocalReplica, ReplicaProcess, ReplicaProcesses, eventually, mesh_for, running
     from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+    from weft.testing.scratch import Scratch
     from weft.testing.stored import StoredTask
+    from weft.testing.watching import heard, seen, settled
 
 _WHERE = {
     "BrokerMesh": "weft.testing.broker",
     "LocalReplica": "weft.testing.agents",
     "ReplicaProcess": "weft.testing.agents",
+    "ReplicaProcesses": "weft.testing.agents",
+    "Scratch": "weft.testing.scratch",
     "StoredTask": "weft.testing.stored",
     "eventually": "weft.testing.agents",
+    "heard": "weft.testing.watching",
     "mesh_for": "weft.testing.agents",
     "running": "weft.testing.agents",
+    "seen": "weft.testing.watching",
+    "settled": "weft.testing.watching",
     "start_test_mesh": "weft.testing.broker",
     "unique_name": "weft.testing.broker",
 }
@@ -33,10 +42,15 @@ __all__ = [
     "BrokerMesh",
     "LocalReplica",
     "ReplicaProcess",
+    "ReplicaProcesses",
+    "Scratch",
     "StoredTask",
     "eventually",
+    "heard",
     "mesh_for",
     "running",
+    "seen",
+    "settled",
     "start_test_mesh",
     "unique_name",
 ]

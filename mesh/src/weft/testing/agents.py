@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, overload
 
 from weft.client.mesh import Mesh
 from weft.core.broker import Broker
@@ -31,18 +31,23 @@ _POLL: Final = 0.01
 _TAIL: Final = 500
 
 
-async def eventually(check: Callable[[], T | Awaitable[T]], *, timeout: float = 15.0) -> T:
-    """What `check` returns once it is neither None nor False; for what tells nobody when it changes.
+@overload
+async def eventually(check: Callable[[], Awaitable[T]], *, timeout: float = 15.0) -> T: ...
+@overload
+async def eventually(check: Callable[[], T], *, timeout: float = 15.0) -> T: ...
+async def eventually(check: Callable[[], Any], *, timeout: float = 15.0) -> Any:
+    """What `check` returns, once that counts as true; for what tells nobody when it changes.
 
     Raises:
-        TimeoutError: it stayed so for `timeout` seconds.
+        TimeoutError: it did not within `timeout` seconds.
     """
     async with asyncio.timeout(timeout):
         while True:
             found = check()
-            value: T = await found if isinstance(found, Awaitable) else found
-            if value is not None and value is not False:
-                return value
+            if isinstance(found, Awaitable):
+                found = await found
+            if found:
+                return found
             await asyncio.sleep(_POLL)
 
 
@@ -316,6 +321,41 @@ class ReplicaProcess(Process):
         return self.ready_line.rpartition(" ")[2]
 
 
+class ReplicaProcesses:
+    """Replicas of one agent as processes, started one by one and ended together.
+
+    Args:
+        mesh: Where they work.
+        target: `path/to/file.py:name`.
+        identity: The agent's name, which is its account.
+        env: Further environment for each.
+    """
+
+    def __init__(
+        self, mesh: BrokerMesh, target: str | Path, *, identity: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.agent = identity
+        self._mesh = mesh
+        self._target = target
+        self._env = dict(env or {})
+        self._started: list[ReplicaProcess] = []
+
+    async def start(self, **env: str) -> ReplicaProcess:
+        """One more replica, once it works."""
+        process = ReplicaProcess(self._mesh, self._target, identity=self.agent, env={**self._env, **env})
+        self._started.append(process)
+        return await process.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._started:
+            await process.aclose()
+
+
 def coordinator_process(mesh: BrokerMesh, *, env: Mapping[str, str] | None = None) -> Process:
     """A coordinator for a test mesh, to be entered with `async with`."""
     settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": "coordinator"}
@@ -326,6 +366,7 @@ __all__ = [
     "LocalReplica",
     "Process",
     "ReplicaProcess",
+    "ReplicaProcesses",
     "client",
     "coordinator_process",
     "eventually",

@@ -5,13 +5,16 @@ Of every task:
 1. A task that was accepted is in the log, created by exactly one message.
 2. It has exactly one terminal event, once nothing runs any more.
 3. Nothing but a claim is stored after the terminal event.
-4. Events are numbered from 1, each one more than the one before. A hole lies only at a takeover, where the old
-   owner's last events were lost. A number is stored again only as the same event under the same claim, written
-   twice because its acknowledgement was lost.
+4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
+   takeover, where the old owner's last events were lost.
 5. A step key has one record.
-6. Every event and step was written by the owner: under the claim that was the last one when it was stored.
+6. Every event and step was written by the owner: under the claim that was the last one when it was stored. Two
+   kinds of events expect the event before them instead, which shows that nobody wrote since: `working` at the
+   beginning of a later attempt, by a replica that had claimed, and what is sent again after its own claim was
+   renewed.
 7. Claims follow each other: each was written expecting the one before. The attempt grows by one after a claim
-   that held the task, stays after one that handed it back or suspended it, and never falls.
+   that held the task, stays when a replica renews its own claim, hands the task back, suspends it, or takes it
+   over after that, and never falls.
 8. States follow the A2A state machine.
 9. All events of a task are on one subject, so that one reader sees them all.
 
@@ -30,6 +33,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from weft.core.broker import Broker, Delivered
@@ -89,15 +93,16 @@ class Findings:
     steps: int = 0
     claims: int = 0
     takeovers: int = 0
-    """Claims after the first of their task."""
-    repeated_events: int = 0
+    """Claims of another owner than the one before."""
+    renewals: int = 0
+    """Claims a replica made anew to find out what became of writes without an answer."""
     repeated_effects: int = 0
     """Tries of a step's body beyond the first."""
 
     def __str__(self) -> str:
         lines = [
             f"{self.tasks} tasks, {self.events} events, {self.steps} steps, {self.claims} claims, "
-            f"{self.takeovers} takeovers, {self.repeated_events} events stored twice, "
+            f"{self.takeovers} takeovers, {self.renewals} renewals, "
             f"{self.repeated_effects} effects repeated, {len(self.violations)} violations"
         ]
         return "\n".join([*lines, *map(str, self.violations[:50])])
@@ -187,7 +192,7 @@ def check(
         for law, text in (
             *_created_once(task),
             *_ends_once(task),
-            *_numbered(task, found),
+            *_numbered(task),
             *_steps_once(task),
             *_written_by_owner(task),
             *_claims_in_a_chain(task),
@@ -221,7 +226,11 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
     found.events = sum(len(task.events) for task in tasks.values())
     found.steps = sum(len(records) for task in tasks.values() for records in task.steps.values())
     found.claims = sum(len(task.claims) for task in tasks.values())
-    found.takeovers = sum(max(0, len(task.claims) - 1) for task in tasks.values())
+    for task in tasks.values():
+        for before, after in pairwise(task.claims):
+            old, new = _claim(before), _claim(after)
+            found.renewals += _renews(old, new)
+            found.takeovers += new.state == HELD and not _renews(old, new)
     return tasks
 
 
@@ -242,7 +251,7 @@ def _ends_once(task: _Task) -> Iterable[tuple[int, str]]:
                 yield 3, f"{entry.subject} was stored at {entry.seq}, after the terminal event at {end}"
 
 
-def _numbered(task: _Task, found: Findings) -> Iterable[tuple[int, str]]:
+def _numbered(task: _Task) -> Iterable[tuple[int, str]]:
     stored: dict[int, Entry] = {}
     before: Entry | None = None
     for event in task.events:
@@ -253,11 +262,7 @@ def _numbered(task: _Task, found: Findings) -> Iterable[tuple[int, str]]:
         n, last = int(text), max(stored, default=0)
         taken_over = before is not None and any(before.seq < claim.seq < event.seq for claim in task.claims)
         if n in stored:
-            same = stored[n].data == event.data and task.owner(stored[n].seq) is task.owner(event.seq)
-            if same:
-                found.repeated_events += 1
-            else:
-                yield 4, f"number {n} was stored at {stored[n].seq} and again, as another event, at {event.seq}"
+            yield 4, f"number {n} was stored at {stored[n].seq} and again at {event.seq}"
         elif n != last + 1 and not (n > last + 1 and taken_over):
             yield 4, f"number {n} at {event.seq} follows number {last}"
         stored.setdefault(n, event)
@@ -275,16 +280,34 @@ def _steps_once(task: _Task) -> Iterable[tuple[int, str]]:
 def _written_by_owner(task: _Task) -> Iterable[tuple[int, str]]:
     for entry in (*task.events, *(record for records in task.steps.values() for record in records)):
         owner = task.owner(entry.seq)
+        fence = entry.headers.get(h.EXPECTED_SEQUENCE.lower(), "")
         if owner is None:
             yield 6, f"{entry.subject} was stored at {entry.seq}, before any claim"
-            continue
-        fence = entry.headers.get(h.EXPECTED_SEQUENCE.lower(), "")
-        if h.EXPECTED_SUBJECT.lower() in entry.headers:
+        elif h.EXPECTED_SUBJECT.lower() in entry.headers:
             if fence != str(owner.seq):
                 yield 6, f"{entry.subject} at {entry.seq} was written under claim {fence}, the owner's is {owner.seq}"
-        elif entry.headers.get(h.REPLICA.lower()) != _claim(owner).replica:
-            # The event that begins another attempt is fenced by the event before it instead, and says who wrote it.
-            yield 6, f"{entry.subject} at {entry.seq} names no claim, nor the owner's replica"
+        elif fence != str(max((event.seq for event in task.events if event.seq < entry.seq), default=0)):
+            yield 6, f"{entry.subject} at {entry.seq} names neither a claim nor the event before it"
+        elif not _begins(entry, task) and not _is_renewal(owner, task):
+            yield 6, f"{entry.subject} at {entry.seq} neither begins an attempt nor follows a renewed claim"
+
+
+def _begins(event: Entry, task: _Task) -> bool:
+    """Whether an event begins an attempt of a replica that had claimed the task."""
+    replica, attempt = event.headers.get(h.REPLICA.lower()), event.headers.get(h.ATTEMPT.lower())
+    before = (_claim(entry) for entry in task.claims if entry.seq < event.seq)
+    return any(claim.replica == replica and str(claim.attempt) == attempt for claim in before)
+
+
+def _is_renewal(entry: Entry, task: _Task) -> bool:
+    before = task.owner(entry.seq)
+    return before is not None and _renews(_claim(before), _claim(entry))
+
+
+def _renews(old: Claim, new: Claim) -> bool:
+    """Whether a replica claimed anew what it held already."""
+    same = (old.replica, old.delivery, old.attempt) == (new.replica, new.delivery, new.attempt)
+    return same and old.state == new.state == HELD
 
 
 def _claims_in_a_chain(task: _Task) -> Iterable[tuple[int, str]]:
@@ -295,8 +318,8 @@ def _claims_in_a_chain(task: _Task) -> Iterable[tuple[int, str]]:
             yield 7, f"the claim at {entry.seq} was written expecting {expected}, not the claim before"
         if before is not None:
             old, new = _claim(before), _claim(entry)
-            same_hold = old.state == HELD and new.replica == old.replica and new.state != HELD
-            wanted = old.attempt if old.state != HELD or same_hold else old.attempt + 1
+            given_up = old.state != HELD or (new.replica == old.replica and new.state != HELD)
+            wanted = old.attempt if given_up or _renews(old, new) else old.attempt + 1
             if old.caller == new.caller and new.attempt != wanted:
                 yield 7, f"the claim at {entry.seq} is attempt {new.attempt} after attempt {old.attempt} ({old.state})"
         before = entry
