@@ -267,6 +267,33 @@ async def test_a_task_larger_than_a_reply_comes_with_its_artifacts_as_blobs(stag
         assert [task.id for task in page.tasks] == [sent.task]
 
 
+async def test_a_history_larger_than_a_reply_loses_its_oldest_messages(stage: Stage) -> None:
+    sent = await stage.send(stage.agent(), "begin")
+    worker = await stage.claim(sent)
+    for n in range(30):
+        await worker.status("working", f"{n:02d}" + "x" * 60_000)
+    await worker.status("completed", "the end")
+    history = said(await stage.get(sent))
+    assert 5 < len(history) < 30
+    assert [text[:2] for text in history] == [*(f"{n:02d}" for n in range(31 - len(history), 30)), "th"]
+
+
+async def test_a_large_task_fits_into_a_reply_in_json_too(stage: Stage) -> None:
+    sent = await stage.send(stage.agent(), "much")
+    worker = await stage.claim(sent)
+    for n in range(4):
+        event = pb.StreamResponse()
+        event.artifact_update.artifact.artifact_id = f"{n}"
+        event.artifact_update.artifact.parts.add(raw=b"\xff" * 200_000)
+        await worker.event(event)
+    await worker.status("completed")
+    body = json_format.MessageToJson(pb.GetTaskRequest(id=sent.task)).encode()
+    reply = await stage.rpc("local", "GetTask", body, headers={h.VERSION: "1.0", h.CONTENT_TYPE: h.JSON})
+    parts = [part for artifact in json_format.Parse(reply.data, pb.Task()).artifacts for part in artifact.parts]
+    assert len(parts) == 4
+    assert any(part.url for part in parts)
+
+
 async def test_json_is_answered_with_json(stage: Stage) -> None:
     sent = await stage.done(stage.agent())
     body = json_format.MessageToJson(pb.GetTaskRequest(id=sent.task)).encode()
