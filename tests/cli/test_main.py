@@ -51,7 +51,9 @@ def test_completing_a_command_name_imports_no_command() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
-    assert f"Usage: mesh {name}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Usage: mesh {name}" in shown
+    assert "\\" not in shown
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,14 +53,12 @@ def command(
     files: tuple[Path, ...],
     **options: Any,
 ) -> int:
-    r"""Send TEXT to AGENT, wait, and print the result.
+    """Send TEXT to AGENT, wait, and print the result.
 
     TEXT of - is read from stdin. When the agent asks something and a person sits at the terminal, the answer is
     read from there. Ctrl-C stops the waiting, not the task.
 
-    \b
-    Exit code 1: the task failed, was rejected or cancelled, or waits for input.
-    Exit code 7: its deadline passed.
+    Exit code 1: the task failed, was rejected or cancelled, or waits for input. Exit code 7: its deadline passed.
     """
     import asyncio
 

@@ -85,7 +85,7 @@ pythonpath = ["agents"]
 README: Final = """\
 # {{name}}
 
-Agents that run as independent services with [Weft](https://weft.dev).
+Agents that run as independent services with Weft.
 
 ```sh
 mesh up --detach          # start the broker, the coordinator and the agents of mesh.yaml

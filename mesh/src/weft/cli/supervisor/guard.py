@@ -20,14 +20,17 @@ class Guard:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the guardian."""
-        self._process = subprocess.Popen(
+        """Start the guardian; return when it is on duty."""
+        process = self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", _GUARDIAN],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        if process.stdout is not None:
+            with process.stdout as told:
+                told.read()
         for pid, number in self._pids.items():
             self._tell(pid, number)
 

@@ -14,6 +14,8 @@ def main() -> None:
     """Follow the list of groups until the end of input, then end them."""
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, signal.SIG_IGN)
+    # The end of output says that it is on duty.
+    os.close(sys.stdout.fileno())
     groups: dict[int, int] = {}
     for line in sys.stdin:
         pid, number = map(int, line.split())
