@@ -149,9 +149,11 @@ async def _correct(broker: Broker, resource: _Resource, found: Mapping[str, Any]
 
 async def _update(broker: Broker, resource: _Resource, found: Mapping[str, Any], drift: list[Drift]) -> list[Drift]:
     changed = {**found, **{one.field: one.wanted for one in drift}}
-    answer = await broker.api(resource.update, resource.request(changed, "update"))
+    await broker.api(resource.update, resource.request(changed, "update"))
+    # The answer can still show the configuration from before the update.
+    now = await _found(broker, resource) or found
     fields = {one.field for one in drift}
-    return [one for one in resource.drift(answer["config"], "the broker kept its value") if one.field in fields]
+    return [one for one in resource.drift(now, "the broker kept its value") if one.field in fields]
 
 
 async def _found(broker: Broker, resource: _Resource) -> dict[str, Any] | None:
