@@ -6,6 +6,7 @@ import inspect
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +31,8 @@ SIGNATURES = {
     (Client, "_process_err"): ("async", "self", "err_msg"),
     (Client, "_attempt_reconnect"): ("async", "self"),
     (Client, "_connect_to_server"): ("async", "self", "s"),
+    (Client, "_process_connect_init"): ("async", "self"),
+    (Client, "_send_ping"): ("async", "self", "future"),
     (Client, "_close"): ("async", "self", "status", "do_cbs"),
     (Parser, "parse"): ("async", "self", "data"),
     (Parser, "reset"): ("self",),
@@ -38,6 +41,11 @@ SIGNATURES = {
 
 
 # The contract with nats-py -------------------------------------------------------------------------
+
+
+def instances() -> dict[type, object]:
+    classes: tuple[Any, ...] = (Client, TcpTransport, Parser)
+    return {owner: owner() for owner in classes}
 
 
 def test_the_installed_nats_py_is_of_the_minor_version_that_is_pinned() -> None:
@@ -60,19 +68,18 @@ def test_nats_py_has_every_private_method_with_the_signature_it_had(owner: type,
 
 
 async def test_nats_py_has_every_attribute_that_the_wire_reads_or_sets() -> None:
-    instances = {Client: Client(), TcpTransport: TcpTransport(), Parser: Parser()}
     missing = [
         f"{owner.__name__}.{name}"
         for owner, names in PRIVATE_STATE.items()
         for name in names
-        if not hasattr(instances[owner], name)
+        if not hasattr(instances()[owner], name)
     ]
     assert not missing, f"nats-py has these no more: {missing}"
 
 
 async def test_the_wire_uses_nothing_private_of_nats_py_that_it_does_not_name() -> None:
     named = {name for names in (*PRIVATE.values(), *PRIVATE_STATE.values()) for name in names}
-    theirs = {name for owner in (Client(), TcpTransport(), Parser()) for name in dir(owner) if re.match(r"_[a-z]", name)}
+    theirs = {name for instance in instances().values() for name in dir(instance) if re.match(r"_[a-z]", name)}
     used = set()
     for module in (wire_module, broker_module):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -92,13 +99,19 @@ MESSAGES: list[tuple[bytes, list[Heard]]] = [
     (b"MSG a.b 7 5\r\nhello\r\n", [("ours", b"a.b", b"", b"hello", None)]),
     (b"MSG a.b 7 reply.x 0\r\n\r\n", [("ours", b"a.b", b"reply.x", b"", None)]),
     (b"MSG a.b 7 9\r\nMSG x 7 1\r\n", [("ours", b"a.b", b"", b"MSG x 7 1", None)]),
-    (b"HMSG a.b 7 %d %d\r\n%bxy\r\n" % (len(HEADERS), len(HEADERS) + 2, HEADERS), [("ours", b"a.b", b"", b"xy", HEADERS)]),
+    (
+        b"HMSG a.b 7 %d %d\r\n%bxy\r\n" % (len(HEADERS), len(HEADERS) + 2, HEADERS),
+        [("ours", b"a.b", b"", b"xy", HEADERS)],
+    ),
     (
         b"HMSG a.b 7 r %d %d\r\n%b\r\n" % (len(HEADERS), len(HEADERS), HEADERS),
         [("ours", b"a.b", b"r", b"", HEADERS)],
     ),
     (b"MSG c 9 2\r\n\r\n\r\n", [("theirs", b"c", b"", b"\r\n", None)]),
-    (b"HMSG c 9 r %d %d\r\n%bz\r\n" % (len(HEADERS), len(HEADERS) + 1, HEADERS), [("theirs", b"c", b"r", b"z", HEADERS)]),
+    (
+        b"HMSG c 9 r %d %d\r\n%bz\r\n" % (len(HEADERS), len(HEADERS) + 1, HEADERS),
+        [("theirs", b"c", b"r", b"z", HEADERS)],
+    ),
     (b"PING\r\n", [("ping", b"", b"", b"", None)]),
     (b"PONG\r\n", [("pong", b"", b"", b"", None)]),
     (b"+OK\r\n", []),
@@ -140,8 +153,10 @@ class Recorder(Wire):
 
 
 async def test_every_message_is_handed_over_wherever_the_stream_is_cut_in_two() -> None:
-    stream = b"".join(data for data, _ in MESSAGES)
-    expected = [heard for _, all_heard in MESSAGES for heard in all_heard]
+    controls = [one for one in MESSAGES if not one[0].startswith((b"MSG", b"HMSG"))]
+    mixed = [*MESSAGES, *(one for i, message in enumerate(MESSAGES) for one in (controls[i % 5], message))]
+    stream = b"".join(data for data, _ in mixed)
+    expected = [heard for _, all_heard in mixed for heard in all_heard]
     for cut in range(len(stream) + 1):
         recorder = Recorder()
         await recorder.feed(stream[:cut])

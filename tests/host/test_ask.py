@@ -87,7 +87,8 @@ async def test_a_task_that_waits_leaves_memory_and_goes_on_when_it_is_answered(
             await settled(mesh, agent.name)
             stored = await StoredTask.read(mesh, agent.name, handle.id)
             assert stored.claims[-1][1].state == SUSPENDED
-            view = await handle.send(f"answer {n}")
+            await handle.send(f"answer {n}")
+        view = await handle.result()
         assert view.data == ["answer 0", "answer 1", "answer 2"]
         stored = await StoredTask.read(mesh, agent.name, handle.id)
         await settled(mesh, agent.name)
@@ -308,7 +309,8 @@ async def test_a_follow_up_that_another_replica_pulled_is_handed_to_the_owner(
         await first.replica._input.stop()
         async with running(mesh, agent) as (second,):
             for n in range(3):
-                view = await handle.send(f"answer {n}")
+                await handle.send(f"answer {n}")
+            view = await handle.result()
             assert second.owned == []
             assert view.data == ["answer 0", "answer 1", "answer 2"]
             await settled(mesh, agent.name)

@@ -94,7 +94,7 @@ class Subscription:
         try:
             if self._wire.is_connected:
                 self._wire._write_out()
-                await self._wire.flush(timeout)  # type: ignore[arg-type]
+                await self._wire.flush(timeout)
         except (nats_errors.Error, BrokerError):
             log.debug("what was under way to %s is lost with the connection", self._inner.subject)
         finally:
@@ -253,7 +253,7 @@ class Broker:
             raise self.failure or Unreachable("not connected to the broker")
         self._wire._write_out()
         try:
-            await self._wire.flush(timeout)  # type: ignore[arg-type]
+            await self._wire.flush(timeout)
         except nats_errors.ConnectionClosedError as error:
             raise self.failure or Unreachable("the connection is closed") from error
         except nats_errors.Error as error:
@@ -424,7 +424,8 @@ class Broker:
         log.debug("broker connection: %s", error)
 
     async def _on_disconnected(self) -> None:
-        self._up.clear()
+        if not self.closed.is_set():
+            self._up.clear()
 
     async def _on_reconnected(self) -> None:
         self._up.set()

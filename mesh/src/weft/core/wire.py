@@ -35,6 +35,8 @@ PRIVATE: Final = {
         "_process_err",
         "_attempt_reconnect",
         "_connect_to_server",
+        "_process_connect_init",
+        "_send_ping",
         "_close",
     ),
     Parser: ("parse", "reset"),
@@ -158,6 +160,7 @@ class Wire(Client):
         self._flush_scheduled = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._spared = False
+        self._cancels = 0
         self._loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
 
     # What nats-py gets wrong -------------------------------------------------------------------
@@ -179,6 +182,18 @@ class Wire(Client):
         if self.is_connected and not self.is_draining and not cancelled:
             await self._process_op_err(nats_errors.UnexpectedEOF())
 
+    async def flush(self, timeout: float = 10.0) -> None:
+        """Return when the server has answered a PING. `wait_for`, which nats-py uses, can lose a cancellation."""
+        if self.is_closed:
+            raise nats_errors.ConnectionClosedError
+        pong: asyncio.Future[bool] = self._loop.create_future()
+        await self._send_ping(pong)
+        try:
+            async with asyncio.timeout(timeout):
+                await pong
+        except TimeoutError:
+            raise nats_errors.FlushTimeoutError from None
+
     async def _process_err(self, err_msg: str) -> None:
         """Of the server's errors only a refused identity ends the connection for good, as nats-py does for all."""
         if any(words in err_msg for words in (*REFUSALS, STALE_CONNECTION, PERMISSIONS_ERR)):
@@ -194,11 +209,29 @@ class Wire(Client):
                 task.cancel()
         self._abort()
         await super()._connect_to_server(s)
+        self._check_cancelled()
+
+    async def _process_connect_init(self) -> None:
+        await super()._process_connect_init()
+        self._check_cancelled()
+
+    def _check_cancelled(self) -> None:
+        """Repeat a cancellation that came together with what was waited for, and that `wait_for` lost."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling() > self._cancels:
+            raise asyncio.CancelledError
+
+    async def connect(self, *args: Any, **options: Any) -> None:
+        """Connect, as nats-py does."""
+        task = asyncio.current_task()
+        self._cancels = task.cancelling() if task is not None else 0
+        await super().connect(*args, **options)
 
     async def _attempt_reconnect(self) -> None:
         """Everything under way is lost with the old connection: say so at once."""
         self.drop_waiting(Unreachable("the connection to the broker was lost; the outcome is unknown"))
         self._abort()
+        self._cancels = 0
         try:
             await super()._attempt_reconnect()
         except BrokerError:

@@ -1,8 +1,6 @@
 """`python -m weft.host TARGET`."""
 
-import sys
-
-from weft.host.process import main
+from weft.host.process import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

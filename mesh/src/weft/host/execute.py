@@ -63,8 +63,7 @@ async def execute(replica: Owner, run: Run) -> None:
         await _end(replica, run, State.FAILED, str(error))
     except BrokerError as error:
         log.warning("task %s: %s; it will be delivered again", run.task_id, error)
-        for ack in run.deliveries:
-            replica.again(ack, 1.0)
+        await _not_now(replica, run)
     except asyncio.CancelledError:
         if run.stop is None:
             _forget(replica, run)
@@ -247,9 +246,9 @@ async def _stopped(replica: Owner, run: Run) -> None:
         elif run.stop is Stop.DRAIN:
             await _handed_back(replica, run)
         elif run.stop is Stop.BROKEN:
-            for ack in run.deliveries:
-                replica.again(ack, 1.0)
+            await _not_now(replica, run)
         else:
+            log.info("task %s: %s", run.task_id, run.stop_reason)
             _forget(replica, run)
     except (Fenced, Conflict) as error:
         log.info("task %s: %s", run.task_id, error)
@@ -303,6 +302,18 @@ async def _suspended(replica: Owner, run: Run) -> None:
             replica.settle(ack)
 
 
+async def give_up_waiting(replica: Owner, run: Run) -> None:
+    """Hand back a task whose handler does not stop. The handler can write nothing any more."""
+    if run.ended or run.stop is not Stop.DRAIN or replica.live.get(run.task_id) is not run:
+        return
+    log.warning("task %s: the handler did not stop when its replica was leaving", run.task_id)
+    try:
+        await _handed_back(replica, run)
+    except (Fenced, BrokerError) as error:
+        log.warning("task %s could not be handed back: %s", run.task_id, error)
+    replica.disown(run)
+
+
 async def _handed_back(replica: Owner, run: Run) -> None:
     """The replica leaves: the next one begins at once, and this attempt does not count."""
     await run.log.settle()
@@ -313,6 +324,17 @@ async def _handed_back(replica: Owner, run: Run) -> None:
     replica.counters.handed_back += 1
     for ack in run.deliveries:
         replica.settle(ack, b"-NAK")
+
+
+async def _not_now(replica: Owner, run: Run) -> None:
+    """The broker does not take the task's writes: it comes again, and where that can be said, nothing was tried."""
+    run.log.closed = run.journal.closed = True
+    try:
+        await run.fence.write(replace(run.claim, state=HANDED_BACK, at=time.time_ns() // 1_000_000))
+    except (Fenced, BrokerError) as error:
+        log.debug("task %s: this attempt counts: %s", run.task_id, error)
+    for ack in run.deliveries:
+        replica.again(ack, 1.0)
 
 
 def _settle(replica: Owner, run: Run) -> None:
@@ -335,4 +357,4 @@ def _uncancel() -> None:
         task.uncancel()
 
 
-__all__ = ["execute", "force_cancel"]
+__all__ = ["execute", "force_cancel", "give_up_waiting"]

@@ -36,6 +36,8 @@ class _Entry:
     data: bytes
     lines: bytes
     """Header lines besides the condition."""
+    result: bool = False
+    """Whether it carries a part of the result, and not only how the task stands."""
 
 
 class EventLog:
@@ -43,9 +45,9 @@ class EventLog:
 
     Args:
         ordered: whether the broker stores one connection's messages in the order they were sent, even if it loses
-            some (a single server does, a cluster that elects a leader does not). Then the event that ends a task
-            leaves together with the last ones before it, and a status is acknowledged by what follows it; otherwise
-            each is acknowledged by itself, and the end waits for all before it.
+            some (a single server does, a cluster that elects a leader does not). Then a status is acknowledged by
+            what follows it, and the event that ends a task waits only for results; otherwise each event is
+            acknowledged by itself, and the end waits for all before it.
         on_failure: told once when nothing more can be written, before anybody awaits it.
     """
 
@@ -78,9 +80,10 @@ class EventLog:
 
     async def post(self, event: pb.StreamResponse, *, state: State | None = None, extra: bytes = b"") -> int:
         """Write an event without waiting for its acknowledgement; its number. Raises Fenced after a newer claim."""
-        if len(self._unacked) >= IN_FLIGHT or self._redo:
+        if len(self._unacked) + len(self._held_back) >= IN_FLIGHT or self._redo:
             await self.settle()
         entry = self._entry(event, label=state.label if state is not None else "", extra=extra)
+        entry.result = state is None
         if state is not None:
             self.last_state = state
         if state is State.WORKING and self._ordered:
@@ -110,7 +113,8 @@ class EventLog:
 
     async def finish(self, event: pb.StreamResponse, *, label: str, extra: bytes = b"") -> None:
         """Write the event that ends the task and return when it is stored. Nothing follows it."""
-        if not self._ordered or self._redo:
+        # A broker short of room can refuse a result and take the small event after it: results come first.
+        if not self._ordered or self._redo or any(entry.result for entry in self._unacked.values()):
             await self.settle()
         entry = self._entry(event, label=label, extra=extra)
         self.closed = True

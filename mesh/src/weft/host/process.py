@@ -9,10 +9,12 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Coroutine
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 from weft.client import coordinator
 from weft.core.broker import Broker
@@ -20,12 +22,13 @@ from weft.core.config import load_settings
 from weft.core.supervise import Tasks
 from weft.host.agent import Agent
 from weft.host.loading import load_agent
-from weft.host.replica import Replica
+from weft.host.replica import CLOSING, Replica
 from weft_protocols.errors import BrokerError, InvalidConfig, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import DURABILITY, Durability
 
 log = logging.getLogger("weft.host")
 
+T = TypeVar("T")
 HEARTBEAT: Final = 2.0
 """Seconds between a replica's reports to the coordinator."""
 
@@ -48,13 +51,36 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def run_loop(work: Any) -> Any:
-    """Run a coroutine on uvloop where it is installed."""
-    try:
+def run_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop where it is installed. A handler that does not stop cannot keep it from returning."""
+    make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):
         import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    return uvloop.run(work)
+
+        make = uvloop.new_event_loop
+    loop = make()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=CLOSING))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, whatever threads its handlers started: nothing they write counts any more."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        os._exit(code)
+    sys.exit(code)
 
 
 async def serve(agent: Agent, *, grace: float | None = None, home: Path | None = None) -> int:

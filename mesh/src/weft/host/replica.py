@@ -13,7 +13,6 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from a2a.types import a2a_pb2 as pb
@@ -31,6 +30,7 @@ from weft.host.log import EventLog
 from weft.host.owner import Counters
 from weft.host.run import Run, Stop, Work, sequence_in
 from weft.host.slots import SlotHold, Slots
+from weft.host.threads import Threads
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Conflict, Fenced, WeftError
@@ -42,10 +42,10 @@ log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
 """Follow-ups and cancels a replica takes at a time; they need no slot."""
-SPARE_THREADS: Final = 32
-"""Threads beyond one for each handler: for steps side by side, and for those that nobody waits for any more."""
 LAST_WORDS: Final = 5.0
 """Seconds for handing back, and for handlers to end once they are stopped."""
+CLOSING: Final = 1.0
+"""Seconds for handlers to end when there is nothing left to say."""
 
 
 class Replica:
@@ -73,7 +73,7 @@ class Replica:
         """Its time to finish what runs is over: everything is handed back."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
-        self.threads = ThreadPoolExecutor(agent.concurrency + SPARE_THREADS, thread_name_prefix=f"weft-{agent.name}")
+        self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
         self._work: PullLoop | None = None
@@ -122,6 +122,7 @@ class Replica:
     async def drain(self, grace: float) -> None:
         """Take no more work; finish what runs, or hand it back after `grace` seconds."""
         self.draining = True
+        log.info("leaving: %d tasks are here, %g s to finish them", len(self.live), grace)
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
@@ -133,6 +134,8 @@ class Replica:
         for run in list(self.live.values()):
             run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=LAST_WORDS)
+        for run in list(self.live.values()):
+            await execute.give_up_waiting(self, run)
         with contextlib.suppress(BrokerError):
             await self.broker.flush(timeout=2.0)
 
@@ -152,11 +155,10 @@ class Replica:
         for run in list(self.live.values()):
             run.interrupt(Stop.BROKEN, "the replica was closed")
         try:
-            async with asyncio.timeout(LAST_WORDS):
+            async with asyncio.timeout(CLOSING):
                 await self._jobs.aclose()
         except TimeoutError:
             log.warning("%d handlers do not stop; they can write nothing any more", len(self._jobs))
-        self.threads.shutdown(wait=False, cancel_futures=True)
         await self._tasks.aclose()
         await self.mesh.aclose()
 

@@ -15,7 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.testing.agents import LocalReplica, ReplicaProcess, ReplicaProcesses, eventually, mesh_for, running
+    from weft.testing.agents import (
+        LocalReplica,
+        Process,
+        ReplicaProcess,
+        ReplicaProcesses,
+        client,
+        coordinator_process,
+        eventually,
+        mesh_for,
+        running,
+    )
     from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
     from weft.testing.scratch import Scratch
     from weft.testing.stored import StoredTask
@@ -24,10 +34,13 @@ if TYPE_CHECKING:
 _WHERE = {
     "BrokerMesh": "weft.testing.broker",
     "LocalReplica": "weft.testing.agents",
+    "Process": "weft.testing.agents",
     "ReplicaProcess": "weft.testing.agents",
     "ReplicaProcesses": "weft.testing.agents",
     "Scratch": "weft.testing.scratch",
     "StoredTask": "weft.testing.stored",
+    "client": "weft.testing.agents",
+    "coordinator_process": "weft.testing.agents",
     "eventually": "weft.testing.agents",
     "heard": "weft.testing.watching",
     "mesh_for": "weft.testing.agents",
@@ -41,10 +54,13 @@ _WHERE = {
 __all__ = [
     "BrokerMesh",
     "LocalReplica",
+    "Process",
     "ReplicaProcess",
     "ReplicaProcesses",
     "Scratch",
     "StoredTask",
+    "client",
+    "coordinator_process",
     "eventually",
     "heard",
     "mesh_for",
