@@ -34,9 +34,7 @@ def test_help_stays_within_its_cpu_time() -> None:
 
 def _heavy_imports(*arguments: str) -> list[str]:
     """Runs Python with these arguments; returns the heavy modules it imported."""
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=False)
     trace = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
     talk = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
     assert run.returncode == 0, "\n".join(talk)

@@ -63,9 +63,7 @@ def test_base_install_has_no_mcp(closure: dict[str, Distribution]) -> None:
 def test_base_install_resolves_beside_openai_agents(tmp_path: Path) -> None:
     base = [str(requirement) for requirement in _requirements(distribution("weft"), frozenset())]
     resolved = _resolve([*base, "openai-agents"], tmp_path)
-    too_old = {
-        name: resolved.get(name) for name, floor in FLOORS.items() if _older(resolved.get(name), floor)
-    }
+    too_old = {name: resolved.get(name) for name, floor in FLOORS.items() if _older(resolved.get(name), floor)}
     assert too_old == {}
 
 
@@ -75,8 +73,7 @@ def _requirements(dist: Distribution, extras: frozenset[str]) -> list[Requiremen
     return [
         requirement
         for requirement in parsed
-        if requirement.marker is None
-        or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
     ]
 
 

@@ -56,24 +56,18 @@ def test_every_package_is_typed() -> None:
 def test_constraints_pin_every_package_by_hash() -> None:
     entries = re.split(r"\n(?=\S)", _constraints().strip())
     assert len(entries) > 20
-    unpinned = [
-        entry for entry in entries if not re.match(r"[a-z0-9.-]+==\S+[^\n]*\\\n +--hash=sha256:", entry)
-    ]
+    unpinned = [entry for entry in entries if not re.match(r"[a-z0-9.-]+==\S+[^\n]*\\\n +--hash=sha256:", entry)]
     assert unpinned == []
 
 
 def test_constraints_name_no_address() -> None:
     # Whoever installs chooses the registry; the file must not choose for them.
-    addresses = [
-        line for line in _constraints().splitlines() if re.search(r"[/@]|--(?!hash=)|\.(org|com|io)\b", line)
-    ]
+    addresses = [line for line in _constraints().splitlines() if re.search(r"[/@]|--(?!hash=)|\.(org|com|io)\b", line)]
     assert addresses == []
 
 
 def test_constraints_are_the_only_lock() -> None:
-    assert [
-        name for name in ("uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock") if (ROOT / name).exists()
-    ] == []
+    assert [name for name in ("uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock") if (ROOT / name).exists()] == []
 
 
 def _constraints() -> str:
