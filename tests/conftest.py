@@ -5,11 +5,15 @@ alone. `fresh_mesh` is a broker of the test's own, to be killed, filled or recon
 """
 
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+
+# A shell starts background jobs with SIGINT ignored, and processes started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

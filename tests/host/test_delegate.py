@@ -224,18 +224,20 @@ async def test_a_cancel_goes_down_the_whole_tree(mesh: BrokerMesh, caller: weft.
         assert status.message.parts[0].text == "changed my mind"
 
 
+@pytest.mark.parametrize("reaches", [0, 1])
 async def test_a_cancel_reaches_the_children_of_a_parent_whose_replica_died(
-    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, reaches: int
 ) -> None:
-    """Fails if whoever takes over does not know which children the dead replica had."""
+    """Fails if whoever takes over does not know, or forgets, which children the dead replica had."""
     child, parent = Worker(unique("child")), weft.Agent(unique("parent"))
     went_on = asyncio.Event()
 
     @parent.skill()
     async def work(task: weft.Task) -> None:
         if task.attempt > 1:
-            # The second attempt gets nowhere near its children before it is cancelled.
-            went_on.set()
+            # The second attempt does not get to all its children before it is cancelled.
+            asyncio.get_running_loop().call_later(0.3, went_on.set)
+            await task.gather(*(task.delegate(child.name, str(n), skill="wait") for n in range(reaches)))
             await asyncio.Event().wait()
         await task.gather(*(task.delegate(child.name, str(n), skill="wait") for n in range(3)))
 

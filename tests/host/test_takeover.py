@@ -12,6 +12,7 @@ from a2a.types import a2a_pb2 as pb
 import weft
 from weft.core.broker import sequence_of
 from weft.host import takeover
+from weft.host.run import Run
 from weft.testing.agents import LocalReplica, ReplicaProcesses, client, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft.testing.scratch import Scratch
@@ -316,6 +317,69 @@ async def test_tasks_outlive_a_kill_of_the_broker(fresh_mesh: BrokerMesh) -> Non
     assert [view.data for view in views] == [[n * 10 + p for p in range(4)] for n in range(24)]
 
 
+async def test_a_cancel_that_comes_while_a_task_is_being_taken_over_is_heeded(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """P1. Fails if stopping a task between its claim and its handler leaves it owned by nobody, signed for ever."""
+    agent = weft.Agent(unique("meanwhile"))
+    runs: list[int] = []
+    claimed, gate = asyncio.Event(), asyncio.Event()
+
+    @agent.skill()
+    async def work(task: weft.Task) -> None:
+        runs.append(task.attempt)
+        await asyncio.Event().wait()
+
+    async with running(mesh, agent) as (first,), await caller.submit(agent.name, "go") as handle:
+        await eventually(lambda: runs)
+        async with running(mesh, agent) as (second,):
+            begin_again = second.replica.begin_again
+
+            async def slowly(run: Run, *, said: str = "") -> Run | None:
+                claimed.set()
+                await gate.wait()
+                return await begin_again(run, said=said)
+
+            second.replica.begin_again = slowly  # type: ignore[method-assign]
+            await first.crash()
+            await claimed.wait()
+            await caller.send_cancel(agent.name, handle.id, context_id=handle.context_id)
+            await eventually(lambda: second.replica.live[handle.id].stop is not None)
+            gate.set()
+            assert (await handle.result()).state is weft.State.CANCELED
+            stored = await StoredTask.read(mesh, agent.name, handle.id)
+            await settled(mesh, agent.name)
+            assert second.replica._held == set()
+    assert runs == [1]
+    stored.check()
+
+
+async def test_records_are_found_when_the_broker_no_longer_recognises_repeats(fresh_mesh: BrokerMesh) -> None:
+    """P3. Fails if steps, children's lists or questions rely on the duplicate window, which a long task outlives."""
+    await forget_repeats_after(fresh_mesh, 0.1)
+    agent = weft.Agent("patient")
+    ran: list[str] = []
+
+    @agent.skill()
+    async def work(task: weft.Task) -> list[str]:
+        def once() -> str:
+            ran.append("once")
+            return "once"
+
+        done = await task.step("once", once)
+        return [done, (await task.ask("question")).text]
+
+    async with running(fresh_mesh, agent, replicas=2) as replicas, client(fresh_mesh) as caller:
+        async with await caller.submit("patient", "go") as handle:
+            await heard(handle, "question")
+            await next(replica for replica in replicas if replica.owned).crash()
+            await handle.send("yes", timeout=20)
+            await heard(handle, weft.State.COMPLETED)
+            assert (await handle.result()).data == ["once", "yes"]
+            (await StoredTask.read(fresh_mesh, "patient", handle.id)).check()
+    assert ran == ["once"]
+
+
 # What the tests look at -----------------------------------------------------------------------------
 
 
@@ -360,6 +424,16 @@ async def send_raw(
         headers=headers,
     )
     return task_id
+
+
+async def forget_repeats_after(mesh: BrokerMesh, seconds: float) -> None:
+    """Shorten the time in which the broker recognises a message it has stored."""
+    broker = await mesh.connect("coordinator")
+    try:
+        config = (await broker.api("STREAM.INFO.MESH"))["config"]
+        await broker.api("STREAM.UPDATE.MESH", {**config, "duplicate_window": int(seconds * 1e9)})
+    finally:
+        await broker.close()
 
 
 async def kill_and_restart(mesh: BrokerMesh) -> None:

@@ -15,13 +15,15 @@ from typing import Final
 from weft.core.broker import Broker
 from weft_protocols import headers as h
 from weft_protocols import subjects
-from weft_protocols.errors import Conflict, InvalidParams, TaskNotFound
+from weft_protocols.errors import Conflict, InvalidParams, TaskNotFound, TooLarge
 from weft_protocols.resources import BLOBS
 
 LIMIT: Final = 256 * 1024
 """Bytes of a part above which it travels as a blob."""
 CHUNK: Final = 512 * 1024
 """Bytes of one chunk: half of the smallest default message limit."""
+LARGEST: Final = 256 * 1024 * 1024
+"""Bytes of the largest blob; it is held in memory as a whole."""
 SCHEME: Final = "weft-blob:"
 _URL: Final = re.compile(r"weft-blob:([A-Za-z0-9_-]{1,64})/([0-9a-f]{64})\?chunks=([0-9]{1,5})&size=([0-9]{1,12})\Z")
 _ABSENT: Final = h.block(h.fields({h.EXPECTED_SEQUENCE: "0"}))
@@ -55,7 +57,14 @@ class BlobRef:
 
 
 async def put(broker: Broker, data: bytes) -> BlobRef:
-    """Store `data` under this connection's identity and return where it is."""
+    """Store `data` under this connection's identity and return where it is.
+
+    Raises:
+        TooLarge: over `LARGEST`.
+        and what `Broker.publish` raises.
+    """
+    if len(data) > LARGEST:
+        raise TooLarge(f"a part has {len(data)} bytes and may have {LARGEST}; pass a URL where the content is")
     key = hashlib.sha256(data).digest()
     chunks = max(1, -(-len(data) // CHUNK))
     ref = BlobRef(broker.settings.identity, key.hex(), chunks, len(data))
@@ -73,17 +82,26 @@ async def get(broker: Broker, ref: BlobRef) -> bytes:
 
     Raises:
         TaskNotFound: a chunk is gone (blobs leave after the time the stream keeps them).
-        InvalidParams: the bytes do not have the digest they were asked by.
+        InvalidParams: the reference is wrong, or the bytes do not have the digest they were asked by.
     """
+    if ref.size > LARGEST or not -(-ref.size // CHUNK) <= ref.chunks <= max(1, ref.size):
+        raise InvalidParams(
+            f"blob {ref.sha256[:12]}… cannot have {ref.size} bytes in {ref.chunks} chunks "
+            f"(at most {LARGEST} bytes, {CHUNK} a chunk)"
+        )
     key = bytes.fromhex(ref.sha256)
     pieces = []
+    left = ref.size
     for n in range(ref.chunks):
         found = await broker.last(BLOBS, ref.subject(n))
         if found is None:
             raise TaskNotFound(f"blob {ref.sha256[:12]}… of {ref.writer} is gone (chunk {n} of {ref.chunks})")
         pieces.append(_opened(key, n, found.data))
+        left -= len(pieces[-1])
+        if left < 0:
+            raise _altered(ref.sha256)
     data = b"".join(pieces)
-    if len(data) != ref.size or hashlib.sha256(data).digest() != key:
+    if left or hashlib.sha256(data).digest() != key:
         raise _altered(ref.sha256)
     return data
 

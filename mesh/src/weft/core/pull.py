@@ -54,6 +54,9 @@ class PullLoop:
 
     Args:
         handler: gets each message, from the reader; must not block.
+        steady: True: there is always as much room as `want` said, and it is filled up as messages come. False: each
+            message takes one of the room, until `want` says that there is more. None: the room stays, and is filled
+            up when nothing is asked for any more.
         expires: seconds the server keeps a pull open.
         heartbeat: seconds between its signs of life; silence of two and a half of them counts as lost.
     """
@@ -65,12 +68,14 @@ class PullLoop:
         stream: str,
         consumer: str,
         handler: Callable[[Delivery], None],
+        steady: bool | None = None,
         expires: float = EXPIRES,
         heartbeat: float = HEARTBEAT,
     ) -> None:
         self._broker = broker
         self._next = f"{NEXT}.{stream}.{consumer}"
         self._handler = handler
+        self._steady = steady
         self._heartbeat = heartbeat
         self._terms = {"expires": int(expires * SECOND), "idle_heartbeat": int(heartbeat * SECOND)}
         self._inbox = ""
@@ -131,6 +136,11 @@ class PullLoop:
         self._heard = asyncio.get_running_loop().time()
         if reply.startswith(_ACK_PREFIX):
             self._asked = max(0, self._asked - 1)
+            self._troubled = False
+            if self._steady:
+                self.want(self._wanted)
+            elif self._steady is not None:
+                self._wanted = max(0, self._wanted - 1)
             self._handler(Delivery(subject.decode(), bytes(data), headers, reply.decode()))
             return
         # Only a status message arrives on the inbox itself, whose last token is the batch of its pull.
@@ -145,10 +155,14 @@ class PullLoop:
                 log.info("pull on %s works again", self._next)
         else:
             pause = 0.5
-            log.log(logging.DEBUG if self._troubled else logging.WARNING, "pull on %s: %d %s", self._next, code, text)
-            self._troubled = True
+            self._trouble(f"{code} {text}".strip())
         if code != 100 and self._retry is None and not self._stopped:
             self._retry = asyncio.get_running_loop().call_later(pause, self._again)
+
+    def _trouble(self, what: str) -> None:
+        """Tell it once, until the pull works again."""
+        log.log(logging.DEBUG if self._troubled else logging.WARNING, "pull on %s: %s", self._next, what)
+        self._troubled = True
 
     def _again(self) -> None:
         self._retry = None
@@ -187,7 +201,7 @@ class PullLoop:
         elif self._doubtful or not self._open_now:
             self._doubt()
         elif self._asked and silent > 2.5 * self._heartbeat and self._broker.connected:
-            log.warning("pull on %s is silent for %.0f s; asking again", self._next, silent)
+            self._trouble(f"silent for {silent:.0f} s; asking again")
             self._doubt()
         elif not self._asked:
             self.want(self._wanted)

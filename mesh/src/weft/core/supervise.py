@@ -36,12 +36,11 @@ class Tasks:
         await self._idle.wait()
 
     async def aclose(self) -> None:
-        """Cancel what is left and wait for it."""
+        """Cancel what is left and wait for it, and for what it starts as it ends."""
         current = asyncio.current_task()
-        left = [task for task in self._tasks if task is not current]
-        for task in left:
-            task.cancel()
-        if left:
+        while left := [task for task in self._tasks if task is not current and not task.done()]:
+            for task in left:
+                task.cancel()
             await asyncio.wait(left)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:

@@ -144,8 +144,8 @@ class EventLog:
             return
         held, self._held_back = self._held_back, []
         lines, last = self._fence.lines, held[-1]
+        self._unacked.update((entry.n, entry) for entry in held)
         for entry in held:
-            self._unacked[entry.n] = entry
             headers = b"".join((b"NATS/1.0\r\n", lines, entry.lines, b"\r\n"))
             try:
                 if entry is last:

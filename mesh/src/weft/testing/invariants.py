@@ -4,7 +4,7 @@ Of every task:
 
 1. A task that was accepted is in the log, created by exactly one message.
 2. It has exactly one terminal event, once nothing runs any more.
-3. Nothing but a claim is stored after the terminal event.
+3. No event and no step record is stored after the terminal event.
 4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
    takeover, where the old owner's last events were lost.
 5. A step key has one record.
