@@ -426,6 +426,7 @@ async def test_a_stopped_loop_asks_for_nothing(stage: Stage) -> None:
     await stage.settled()
     asked = len(stage.asked)
     puller.loop.want(10)
+    await stage.settled()
     again = asyncio.Event()
     puller.broker.on_reconnect(again.set)
     hang_up(puller.broker)

@@ -362,6 +362,48 @@ async def test_a_cancel_of_somebody_else_changes_nothing(
     assert ran.count("step") == 1 + len(blockers)
 
 
+async def test_nobody_can_undo_a_cancel_by_cancelling_again(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """Fails if a stranger's cancel of a queued task replaces its caller's, so that the task runs after all."""
+    agent = weft.Agent(unique("undo"), concurrency=1)
+    await mesh.add_caller("stranger")
+    gate = asyncio.Event()
+    ran: list[str] = []
+
+    @agent.skill()
+    async def work(text: str) -> None:
+        ran.append(text)
+        await gate.wait()
+
+    async with running(mesh, agent), client(mesh, "stranger") as stranger:
+        first = await caller.submit(agent.name, "first")
+        await heard(first, weft.State.WORKING)
+        queued = await caller.submit(agent.name, "queued")
+        await caller.send_cancel(agent.name, queued.id, context_id=queued.context_id)
+        assert (await queued.result(PENDING)).state is weft.State.CANCELED
+        await stranger.send_cancel(agent.name, queued.id, context_id=queued.context_id)
+        await eventually(lambda: times_delivered(mesh, agent.name, 2))
+        gate.set()
+        await first.result()
+        await settled(mesh, agent.name)
+        stored = await StoredTask.read(mesh, agent.name, queued.id)
+        for handle in (first, queued):
+            await handle.aclose()
+    assert ran == ["first"]
+    assert stored.states == ["canceled"]
+
+
+async def times_delivered(mesh: BrokerMesh, agent: str, count: int) -> bool:
+    """Whether the input lane has delivered so many messages."""
+    broker = await mesh.connect("coordinator")
+    try:
+        info = await broker.api(f"CONSUMER.INFO.MESH.{agent}=input")
+        return int(info["delivered"]["consumer_seq"]) >= count
+    finally:
+        await broker.close()
+
+
 async def test_a_cancelled_task_lets_its_replica_go_on(mesh: BrokerMesh, caller: weft.Mesh, unique: Unique) -> None:
     agent = weft.Agent(unique("goes-on"), concurrency=1)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
 
 import weft
@@ -15,7 +16,7 @@ from weft.testing.watching import heard, settled
 from weft_protocols import headers as h
 from weft_protocols import ids
 from weft_protocols.errors import StepChanged
-from weft_protocols.records import DEAD_LETTER_KEY
+from weft_protocols.records import CHILDREN_KEY, DEAD_LETTER_KEY
 
 Unique = Callable[[str], str]
 
@@ -360,9 +361,13 @@ async def test_many_children_at_once_are_all_remembered(mesh: BrokerMesh, caller
         views = await task.gather(*(task.delegate(child.name, str(n), skill="echo") for n in range(40)))
         return [view.text for view in views]
 
-    async with running(mesh, child.agent, parent):
-        assert (await caller.send(parent.name, "go")).data == [f"echo {n}" for n in range(40)]
+    async with running(mesh, child.agent, parent), await caller.submit(parent.name, "go") as handle:
+        assert (await handle.result()).data == [f"echo {n}" for n in range(40)]
+        stored = await StoredTask.read(mesh, parent.name, handle.id)
     assert len({task.id for task in child.started}) == 40
+    lists = stored.steps[CHILDREN_KEY]
+    assert len(msgpack.unpackb(lists[-1].data)) == 40
+    assert len(lists) < 10, "each list is as long as all children: one for each would be quadratic"
 
 
 async def test_the_parent_of_a_child_that_waits_for_input_cancels_it_when_it_fails(

@@ -1,6 +1,6 @@
 """How a message becomes the arguments of a handler, and what comes back where it does not fit."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,7 +175,21 @@ def test_the_description_of_an_agent_has_the_schema_of_every_skill(unique: Uniqu
     assert "task" not in schemas["several"]["properties"]
 
 
-@pytest.mark.parametrize("form", ["var-positional", "var-keyword", "positional-only", "unresolvable"])
+def test_a_parameter_that_json_has_no_form_for_is_named_when_the_agent_is_described(unique: Unique) -> None:
+    agent = weft.Agent(unique("opaque"))
+
+    class Opaque: ...
+
+    async def work(thing: Opaque, name: str) -> None: ...
+
+    agent.skill()(work)
+    with pytest.raises(InvalidConfig, match=rf"skill work of agent {agent.name}: a parameter has no form in JSON"):
+        agent.describe()
+
+
+@pytest.mark.parametrize(
+    "form", ["var-positional", "var-keyword", "positional-only", "unresolvable", "generator", "async-generator"]
+)
 def test_a_handler_that_cannot_be_called_by_name_is_refused_when_it_is_registered(form: str, unique: Unique) -> None:
     agent = weft.Agent(unique("refused"))
 
@@ -184,11 +198,19 @@ def test_a_handler_that_cannot_be_called_by_name_is_refused_when_it_is_registere
     async def only(words: str, /) -> None: ...
     async def unresolvable(words: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
+    def generator(words: str) -> Iterator[str]:
+        yield words
+
+    async def async_generator(words: str) -> AsyncIterator[str]:
+        yield words
+
     handlers: dict[str, Callable[..., Any]] = {
         "var-positional": positional,
         "var-keyword": keyword,
         "positional-only": only,
         "unresolvable": unresolvable,
+        "generator": generator,
+        "async-generator": async_generator,
     }
     with pytest.raises(InvalidConfig, match=f"skill taken of agent {agent.name}"):
         agent.skill("taken")(handlers[form])

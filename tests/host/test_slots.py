@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import weft
 from weft.testing.agents import eventually, running
@@ -63,6 +63,48 @@ async def test_the_limit_holds_when_tasks_come_back_from_waiting(
         await settled(mesh, agent.name)
         assert replica.replica.slots.used == 0
     assert busy.most == 2
+
+
+async def test_work_that_was_asked_for_while_a_slot_was_free_waits_if_its_owner_came_back(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """Fails if a message that comes on an old pull starts beside the task that has the only slot again."""
+    agent = weft.Agent(unique("old-pull"), concurrency=1)
+    busy = Busy()
+    gate = asyncio.Event()
+
+    @agent.skill()
+    async def work(task: weft.Task) -> None:
+        await task.ask("question")
+        with busy:
+            await gate.wait()
+
+    @agent.skill()
+    async def quick(text: str) -> None:
+        with busy:
+            await asyncio.sleep(0)
+
+    broker = await mesh.connect("coordinator")
+
+    async def delivered() -> int:
+        info = await broker.api(f"CONSUMER.INFO.MESH.{agent.name}=work")
+        return int(info["delivered"]["consumer_seq"])
+
+    async with running(mesh, agent), await caller.submit(agent.name, "go") as asking:
+        await heard(asking, "question")
+        answer = await caller._follow_up(agent.name, asking.id, message="yes", options={})
+        await eventually(lambda: busy.now)
+        before = await delivered()
+        other = await caller.submit(agent.name, "go", skill="quick")
+        await eventually(lambda: over(delivered, before))
+        gate.set()
+        assert (await other.result()).state is weft.State.COMPLETED
+        assert (await answer.result()).state is weft.State.COMPLETED
+        await settled(mesh, agent.name)
+        await other.aclose()
+        await answer.aclose()
+    await broker.close()
+    assert busy.most == 1
 
 
 async def test_threads_of_handlers_run_as_many_at_once_as_the_concurrency_says(
@@ -149,30 +191,43 @@ async def test_two_agents_of_one_slot_that_delegate_to_each_other_do_not_lock_up
     assert [view.text for view in views] == [f"front back {n}" for n in range(12)]
 
 
-async def test_waits_in_parallel_give_the_slot_back_and_take_it_once(
-    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
-) -> None:
-    """Fails if two waits of one task that end together under contention take two slots, and one is lost for good."""
+async def test_waits_in_parallel_take_the_slot_back_once(mesh: BrokerMesh, caller: weft.Mesh, unique: Unique) -> None:
+    """Fails if two waits of one task that end together each want a slot: with one in all, the second never gets it."""
     agent = weft.Agent(unique("together"), concurrency=1)
+    ends, queued, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @agent.skill()
-    async def work(task: weft.Task) -> None:
-        async def twice(first: float, second: float) -> None:
-            await task.sleep(first)
-            await task.sleep(second)
+    async def work(task: weft.Task) -> str:
+        async def wait() -> None:
+            async with task._run.slot.waiting():
+                await ends.wait()
 
-        await task.gather(twice(0.02, 0.02), twice(0.02, 0.021), twice(0.01, 0.03))
+        async def wait_meanwhile() -> None:
+            await queued.wait()
+            async with task._run.slot.waiting():
+                pass
+
+        await task.gather(wait(), wait(), wait_meanwhile())
+        return "all back"
 
     @agent.skill()
-    async def busy(text: str) -> None:
-        await asyncio.sleep(0.02)
+    async def keep(task: weft.Task) -> str:
+        await task.update("keeping")
+        await gate.wait()
+        return "kept"
 
-    async with running(mesh, agent) as (replica,):
-        both = [caller.send(agent.name, "go", skill=skill) for _ in range(6) for skill in ("work", "busy")]
-        await asyncio.gather(*both)
+    async with running(mesh, agent) as (replica,), await caller.submit(agent.name, "go") as waiting:
+        await eventually(lambda: replica.owned and replica.replica.slots.used == 0)
+        async with await caller.submit(agent.name, "go", skill="keep") as keeping:
+            await heard(keeping, "keeping")
+            ends.set()
+            await eventually(lambda: replica.replica.slots._waiting)
+            queued.set()
+            gate.set()
+            assert (await waiting.result(10)).text == "all back"
+            assert (await keeping.result(10)).text == "kept"
         await settled(mesh, agent.name)
         assert replica.replica.slots.used == 0
-        assert replica.replica.slots.free == 1
 
 
 async def test_a_cancel_or_suspension_of_a_waiting_task_needs_no_slot(
@@ -209,3 +264,8 @@ async def test_a_cancel_or_suspension_of_a_waiting_task_needs_no_slot(
         assert (await asking.send("yes")).text == "yes"
         for handle in (asking, sleeping, keeping):
             await handle.aclose()
+
+
+async def over(count: Callable[[], Awaitable[int]], before: int) -> bool:
+    """Whether a count has grown."""
+    return await count() > before

@@ -1,6 +1,7 @@
 """Steps: recorded once, tried again where that helps, and the same after a crash."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -436,7 +437,11 @@ def test_the_digest_of_an_input_is_the_same_in_every_process() -> None:
     code = "from weft.host.values import digest; print(digest(({'a', 'b', 'c', 'd'},), {'k': frozenset('xyz')}))"
     digests = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
         for seed in ("1", "2", "3")
     }

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -263,6 +264,42 @@ async def test_a_handler_that_raises_is_tried_again_and_then_leaves_a_dead_lette
     assert letter.reason == view.text
     assert letter.message == stored.messages[0].seq
     stored.check()
+
+
+@pytest.mark.parametrize("kind", ["exits", "cancelled", "thread", "step"])
+async def test_a_handler_that_ends_like_a_process_or_a_cancel_has_only_failed(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, kind: str
+) -> None:
+    """Fails if `sys.exit` in a handler ends the replica, or a stray cancellation loses the attempt in silence."""
+    agent = weft.Agent(unique("stray"), attempts=1)
+
+    @agent.skill("exits")
+    async def leaves() -> None:
+        sys.exit(3)
+
+    @agent.skill("thread")
+    def leaves_in_a_thread() -> None:
+        sys.exit(3)
+
+    @agent.skill("step")
+    async def leaves_in_a_step(task: weft.Task) -> None:
+        async def leave() -> None:
+            sys.exit(3)
+
+        await task.gather(task.step("a", leave), task.sleep(60))
+
+    @agent.skill("cancelled")
+    async def cancels() -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    async with running(mesh, agent):
+        view = await caller.send(agent.name, "go", skill=kind, timeout=5)
+        assert view.state is weft.State.FAILED
+        assert ("awaited something that was cancelled" if kind == "cancelled" else "sys.exit(3)") in view.text
+        again = await caller.send(agent.name, "go", skill=kind, timeout=5)
+        assert again.state is weft.State.FAILED
 
 
 async def test_a_task_that_kills_every_worker_is_given_up_after_its_attempts(

@@ -134,7 +134,7 @@ class TaskWatch:
         if event.n <= self.seen:
             return
         if event.n > self.seen + 1:
-            self._early[event.n] = event
+            self._early.setdefault(event.n, event)
             return
         self._take(event)
         while self._early and (follows := self._early.pop(self.seen + 1, None)) is not None:

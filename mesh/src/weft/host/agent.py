@@ -54,7 +54,7 @@ class Agent:
         *,
         version: str = "0.1.0",
         description: str = "",
-        concurrency: int = 64,
+        concurrency: int = 100,
         attempts: int = 3,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,

@@ -150,9 +150,17 @@ def _chosen(run: Run) -> tuple[Skill, dict[str, Any]]:
 
 
 async def _handler(skill: Skill, run: Run, arguments: dict[str, Any]) -> Any:
-    if skill.signature.is_async:
-        return await skill.handler(**arguments)
-    return await call(skill.handler, (), arguments, threads=run.threads)
+    try:
+        if skill.signature.is_async:
+            return await skill.handler(**arguments)
+        return await call(skill.handler, (), arguments, threads=run.threads)
+    except SystemExit as error:
+        raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if run.stop is None and task is not None and not task.cancelling():
+            raise RuntimeError("the handler awaited something that was cancelled, and nobody cancelled it") from error
+        raise
 
 
 async def _completed(replica: Owner, run: Run, *, skill: Skill, result: Any) -> None:

@@ -85,8 +85,6 @@ class Journal:
         """
         if self.closed:
             raise Fenced("the task has ended; nothing more can be written to it")
-        if len(data) + 2048 > self._broker.max_payload:
-            raise TooLarge(f"record {key!r} has {len(data)} bytes and the broker takes {self._broker.max_payload}")
         subject = self._subject(key)
         own_id = h.fields({h.DEDUPLICATION_ID: f"{subject}:step"})
         return await self._publish(subject, data, own_id)
@@ -97,6 +95,8 @@ class Journal:
         return sequence
 
     async def _publish(self, subject: str, data: bytes, own_id: bytes) -> tuple[int, bytes]:
+        if len(data) + 2048 > self._broker.max_payload:
+            raise TooLarge(f"a record of the task has {len(data)} bytes; the broker takes {self._broker.max_payload}")
         deadline = asyncio.get_running_loop().time() + PATIENCE
         attempt = 0
         while True:

@@ -48,6 +48,8 @@ class EventLog:
             some (a single server does, a cluster that elects a leader does not). Then a status is acknowledged by
             what follows it, and the event that ends a task waits only for results; otherwise each event is
             acknowledged by itself, and the end waits for all before it.
+        unlimited: whether the stream has no size of its own. A full stream can refuse a result and take the small
+            event after it; a full disk or account refuses both. So the end need not wait for results, either.
         on_failure: told once when nothing more can be written, before anybody awaits it.
     """
 
@@ -59,6 +61,7 @@ class EventLog:
         fence: Fence,
         content_type: str = h.PROTOBUF,
         ordered: bool = True,
+        unlimited: bool = False,
         on_failure: Callable[[BrokerError | Fenced], None],
     ) -> None:
         self.subject = subject
@@ -71,6 +74,7 @@ class EventLog:
         self._content_type = content_type
         self._type_line = b"" if content_type == h.PROTOBUF else h.fields({h.CONTENT_TYPE: content_type})
         self._ordered = ordered
+        self._unlimited = unlimited
         self._on_failure = on_failure
         self._unacked: dict[int, _Entry] = {}
         self._redo: dict[int, _Entry] = {}
@@ -113,8 +117,8 @@ class EventLog:
 
     async def finish(self, event: pb.StreamResponse, *, label: str, extra: bytes = b"") -> None:
         """Write the event that ends the task and return when it is stored. Nothing follows it."""
-        # A broker short of room can refuse a result and take the small event after it: results come first.
-        if not self._ordered or self._redo or any(entry.result for entry in self._unacked.values()):
+        results_first = not self._unlimited and any(entry.result for entry in self._unacked.values())
+        if not self._ordered or self._redo or results_first:
             await self.settle()
         entry = self._entry(event, label=label, extra=extra)
         self.closed = True

@@ -96,10 +96,11 @@ async def serve(agent: Agent, *, grace: float | None = None, home: Path | None =
             f"this process has the identity {settings.identity!r}, but the agent is called {agent.name!r}; an agent "
             "runs under its own account"
         )
+    agent.describe()  # an input that has no schema is an error now, not when the first caller looks
     seconds = grace if grace is not None else float(os.environ.get("WEFT_GRACE", "30"))
     broker = await Broker.connect(settings, name=f"agent {agent.name}", timeout=15.0)
     try:
-        replica = Replica(agent, broker, durability=_durability())
+        replica = Replica(agent, broker, durability=_durability(), unlimited=_unlimited())
         background = Tasks(f"process of {agent.name}")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -124,6 +125,11 @@ def _ready(replica: Replica) -> None:
 
 def _durability() -> Durability:
     return DURABILITY.get(os.environ.get("WEFT_DURABILITY", "laptop"), DURABILITY["laptop"])
+
+
+def _unlimited() -> bool:
+    """Whether whoever started this process knows that the task stream has no size of its own (`broker.max_bytes`)."""
+    return os.environ.get("WEFT_STREAM_BYTES") == "-1"
 
 
 def _watch_parent(replica: Replica) -> None:

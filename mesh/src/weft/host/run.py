@@ -131,6 +131,9 @@ class Run:
     base: pb.Task | None = None
     """Snapshot of what earlier attempts wrote."""
     children: dict[str, Child] = field(default_factory=dict)
+    listed: int = 0
+    """How many of them are stored."""
+    listing: asyncio.Lock | None = None
     deliveries: list[str] = field(default_factory=list)
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
@@ -319,11 +322,20 @@ class Run:
         await self.log.post(event, state=state, extra=extra)
 
     async def remember_children(self) -> None:
-        """Store which tasks were delegated, so that whoever takes over can cancel them."""
+        """Store which tasks were delegated, so that whoever takes over can cancel them.
+
+        The list is stored as a whole; those who wait for their turn are served by one write.
+        """
         import msgpack
 
-        listed = [[task_id, child.agent, child.context, child.message_id] for task_id, child in self.children.items()]
-        await self.journal.replace(records.CHILDREN_KEY, bytes(msgpack.packb(listed)))
+        wanted = len(self.children)
+        self.listing = self.listing or asyncio.Lock()
+        async with self.listing:
+            if self.listed >= wanted:
+                return
+            listed = [[key, child.agent, child.context, child.message_id] for key, child in self.children.items()]
+            await self.journal.replace(records.CHILDREN_KEY, bytes(msgpack.packb(listed)))
+            self.listed = len(listed)
 
     async def recall_children(self) -> None:
         """Read the stored list of delegated tasks."""

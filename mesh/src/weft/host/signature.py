@@ -24,7 +24,10 @@ class _Field:
 class Signature:
     """How a message becomes the arguments of a handler."""
 
-    def __init__(self, *, task: str | None, fields: tuple[_Field, ...], is_async: bool, returns: Any) -> None:
+    def __init__(
+        self, *, task: str | None, fields: tuple[_Field, ...], is_async: bool, returns: Any, where: str = "the handler"
+    ) -> None:
+        self._where = where
         self.task = task
         """Name of the parameter that gets the task."""
         self.is_async = is_async
@@ -37,9 +40,11 @@ class Signature:
     @staticmethod
     def of(handler: Callable[..., Any], *, where: str) -> Signature:
         """Read a handler's signature; InvalidConfig if it cannot be called with named arguments."""
+        if inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+            raise InvalidConfig(f"{where} is a generator; stream what it yields with `task.artifact(name, chunks)`")
         try:
             hints = typing.get_type_hints(handler)
-        except NameError as error:
+        except (NameError, TypeError) as error:
             raise InvalidConfig(f"{where}: an annotation cannot be resolved: {error}") from error
         task: str | None = None
         fields = []
@@ -57,6 +62,7 @@ class Signature:
             fields=tuple(fields),
             is_async=inspect.iscoroutinefunction(handler),
             returns=hints.get("return", inspect.Parameter.empty),
+            where=where,
         )
 
     @cached_property
@@ -77,12 +83,21 @@ class Signature:
         return pydantic.TypeAdapter(pydantic.create_model("Input", __config__=config, **fields))
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the input; text where the handler takes text, {} where it takes anything."""
+        """JSON schema of the input; text where the handler takes text, {} where it takes anything.
+
+        Raises:
+            InvalidConfig: a parameter is of a type that JSON has no form for.
+        """
         if not self._fields:
             return {}
         if self._text is not None:
             return {"type": "string", "title": self._text}
-        schema: dict[str, Any] = self._adapter.json_schema()
+        import pydantic
+
+        try:
+            schema: dict[str, Any] = self._adapter.json_schema()
+        except pydantic.errors.PydanticUserError as error:
+            raise InvalidConfig(f"{self._where}: a parameter has no form in JSON: {error}") from error
         return schema
 
     def bind(self, parts: tuple[Part, ...]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class SlotHold:
         self._slots = slots
         self._waits = 0
         self.held = True
+        self._turn: asyncio.Lock | None = None
         self.leaving = False
         """The task is being stopped: what waits does not need the slot again."""
 
@@ -78,10 +79,11 @@ class SlotHold:
                 await self._take_again()
 
     async def _take_again(self) -> None:
-        await self._slots.acquire()
-        if self.held:
-            self._slots.release()  # another wait of the task ended meanwhile and has it
-        self.held = True
+        self._turn = self._turn or asyncio.Lock()
+        async with self._turn:
+            if not self.held:  # another wait of the task may have ended meanwhile, and have it
+                await self._slots.acquire()
+                self.held = True
 
     def end(self) -> None:
         """The task is over: give the slot back if it is held."""

@@ -476,10 +476,18 @@ def _is_final(error: Exception, options: StepOptions) -> bool:
 async def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, threads: Executor) -> Any:
     """Call a function: await a coroutine function, run any other in a thread."""
     if inspect.iscoroutinefunction(fn):
-        return await fn(*args, **kwargs)
+        return await _contained(fn(*args, **kwargs))
     in_context = functools.partial(copy_context().run, fn, *args, **kwargs)
-    result = await asyncio.get_running_loop().run_in_executor(threads, in_context)
-    return await result if inspect.isawaitable(result) else result
+    result = await _contained(asyncio.get_running_loop().run_in_executor(threads, in_context))
+    return await _contained(result) if inspect.isawaitable(result) else result
+
+
+async def _contained(work: Awaitable[Any]) -> Any:
+    """What `work` gives. `sys.exit` in somebody's code is its failure: it must not end the replica."""
+    try:
+        return await work
+    except SystemExit as error:
+        raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error
 
 
 def _named(part: Part, name: str, media_type: str) -> Part:

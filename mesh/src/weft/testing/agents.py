@@ -312,7 +312,12 @@ class ReplicaProcess(Process):
     def __init__(
         self, mesh: BrokerMesh, target: str | Path, *, identity: str, env: Mapping[str, str] | None = None
     ) -> None:
-        settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": identity, "WEFT_DURABILITY": mesh.durability}
+        settings = {
+            "WEFT_HOME": str(mesh.home),
+            "WEFT_IDENTITY": identity,
+            "WEFT_DURABILITY": mesh.durability,
+            "WEFT_STREAM_BYTES": "-1",
+        }
         super().__init__(("-m", "weft.host", str(target)), ready="ready:", env={**settings, **(env or {})})
 
     @property

@@ -163,6 +163,7 @@ class _Demo:
             self.broker_pid = server.pid
             await _lay_out(server)
             env = {"WEFT_HOME": str(home), "WEFT_DURABILITY": DURABILITY, "WEFT_GRACE": str(DRAIN)}
+            env["WEFT_STREAM_BYTES"] = "-1"
             own = {**env, "WEFT_IDENTITY": "coordinator"}
             await self.processes.start("coordinator", ("-m", "weft_coordinator.service"), own)
             for agent, replicas in AGENTS.items():
