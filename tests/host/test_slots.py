@@ -90,13 +90,14 @@ async def test_work_that_was_asked_for_while_a_slot_was_free_waits_if_its_owner_
         info = await broker.api(f"CONSUMER.INFO.MESH.{agent.name}=work")
         return int(info["delivered"]["consumer_seq"])
 
-    async with running(mesh, agent), await caller.submit(agent.name, "go") as asking:
+    async with running(mesh, agent) as (replica,), await caller.submit(agent.name, "go") as asking:
         await heard(asking, "question")
         answer = await caller._follow_up(agent.name, asking.id, message="yes", options={})
         await eventually(lambda: busy.now)
         before = await delivered()
         other = await caller.submit(agent.name, "go", skill="quick")
         await eventually(lambda: over(delivered, before))
+        await replica.replica.broker.flush()
         gate.set()
         assert (await other.result()).state is weft.State.COMPLETED
         assert (await answer.result()).state is weft.State.COMPLETED

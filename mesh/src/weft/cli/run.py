@@ -21,7 +21,7 @@ def command(target: str, identity: str | None) -> int:
     import logging
 
     from weft.host.loading import load_agent
-    from weft.host.process import run_loop, serve
+    from weft.host.process import leave, run_loop, serve
 
     logging.basicConfig(
         level=os.environ.get("WEFT_LOG", "INFO").upper(),
@@ -35,8 +35,7 @@ def command(target: str, identity: str | None) -> int:
         os.environ["WEFT_IDENTITY"] = agent.name
     if asyncio.run(_admit(os.environ.get("WEFT_IDENTITY", agent.name))):
         sys.stderr.write(f"agent {agent.name} is new to this mesh; add it to mesh.yaml to have `mesh up` run it\n")
-    code: int = run_loop(serve(agent))
-    return code
+    leave(int(run_loop(serve(agent))))
 
 
 async def _admit(name: str) -> bool:

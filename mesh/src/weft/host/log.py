@@ -49,7 +49,7 @@ class EventLog:
             what follows it, and the event that ends a task waits only for results; otherwise each event is
             acknowledged by itself, and the end waits for all before it.
         unlimited: whether the stream has no size of its own. A full stream can refuse a result and take the small
-            event after it; a full disk or account refuses both. So the end need not wait for results, either.
+            event after it; a full disk or account refuses both. So results are treated as a status is, then.
         on_failure: told once when nothing more can be written, before anybody awaits it.
     """
 
@@ -90,7 +90,7 @@ class EventLog:
         entry.result = state is None
         if state is not None:
             self.last_state = state
-        if state is State.WORKING and self._ordered:
+        if self._ordered and (state is State.WORKING or (entry.result and self._unlimited)):
             # What follows in this turn of the loop is acknowledged for it, too.
             if not self._held_back:
                 asyncio.get_running_loop().call_soon(self._let_go)
