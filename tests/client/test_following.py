@@ -298,6 +298,7 @@ async def test_another_process_can_answer_and_cancel(
         await host.input(handle.id)
         await work.status("canceled")
         assert (await cancelling).state is State.CANCELED
+        await handle._watched.watch.over()
         assert (await handle.result(10)).state is State.CANCELED
     for late, error in (
         (other_process.send(host.agent, "x", task_id=handle.id), UnsupportedOperation),

@@ -177,6 +177,7 @@ async def test_a_question_is_answered_by_another_client(
         assert (await handle.result(10)).text == "which one?"
         answered = await other_process.send(AGENT, "red", task_id=handle.id, timeout=10)
         assert answered.text == "a red one"
+        await handle._watched.watch.over()
         assert (await handle.result(10)).text == "a red one"
         with pytest.raises(UnsupportedOperation):
             await handle.send("too late")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -71,11 +72,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module, "CONNECT_ATTEMPT", 0.5)
 
 
+def stop(pid: int) -> None:
+    """Have the server stand still; it does when this returns."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 @contextmanager
 def stalled(mesh: BrokerMesh) -> Iterator[None]:
     """The server stands still, its connections open."""
     pid = mesh.server.pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         yield
     finally:
@@ -435,7 +442,7 @@ async def test_nothing_written_before_a_connection_was_lost_is_sent_over_the_nex
     async with asyncio.timeout(5):
         assert await heard.get() == b"before"
     pid = fresh_mesh.server.pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     sender.send("t.core", b"written and lost")
     await asyncio.sleep(0)
     sender.send("t.core", b"not even written")
@@ -479,7 +486,7 @@ async def test_a_durable_write_is_tried_until_the_server_is_back_and_stored_once
 ) -> None:
     broker = await connect(fresh_mesh, "coordinator")
     away, unknown = event_subject(unique), event_subject(unique)
-    os.kill(fresh_mesh.server.pid, signal.SIGSTOP)
+    stop(fresh_mesh.server.pid)
     in_flight = asyncio.create_task(broker.publish(unknown, b"the outcome is unknown", headers=ONCE))
     await asyncio.sleep(0)
     await kill(fresh_mesh)
@@ -758,7 +765,7 @@ async def test_a_dead_port_is_unreachable_by_the_deadline_and_says_why(tmp_path:
         async with within(0.4):
             with pytest.raises(Unreachable, match=r"no broker at .*127.0.0.1") as raised:
                 await Broker.connect(ConnectionSettings(url, "local"), timeout=0.4)
-        assert "Connect call failed" in str(raised.value)
+        assert re.search("Connect call failed|Connection refused", str(raised.value))
         assert others() <= before
 
 

@@ -187,12 +187,14 @@ class Wire(Client):
         if self.is_closed:
             raise nats_errors.ConnectionClosedError
         pong: asyncio.Future[bool] = self._loop.create_future()
-        await self._send_ping(pong)
         try:
+            await self._send_ping(pong)
             async with asyncio.timeout(timeout):
                 await pong
         except TimeoutError:
             raise nats_errors.FlushTimeoutError from None
+        except RuntimeError as error:
+            raise Unreachable(f"the connection to the broker is closed: {error}") from error
 
     async def _process_err(self, err_msg: str) -> None:
         """Of the server's errors only a refused identity ends the connection for good, as nats-py does for all."""
@@ -405,8 +407,11 @@ class Wire(Client):
                 out[:0] = self._pending
                 self._pending = []
                 self._pending_data_size = 0
-            self._transport.writelines(out)
-            self._out_size = self._unsent()
+            try:
+                self._transport.writelines(out)
+                self._out_size = self._unsent()
+            except RuntimeError:
+                return  # closed, and the reader has not noticed yet: it fails what was asked
 
     def _unsent(self) -> int:
         writer: Any = getattr(self._transport, "_io_writer", None)
