@@ -425,7 +425,6 @@ async def test_what_was_sent_to_a_puller_that_stops_still_reaches_it(stage: Stag
         timeout=2 * ACK_WAIT,
     )
     assert left >= 20
-    print("REDELIVERED", left, len([one for one in staying.deliveries if one.times > 1]))
     assert len([one for one in staying.deliveries if one.times > 1]) <= 3
     await leaving.loop.stop()
 

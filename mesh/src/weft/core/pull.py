@@ -26,6 +26,10 @@ EXPIRES: Final = 30.0
 """Seconds the server keeps a pull open."""
 HEARTBEAT: Final = 5.0
 """Seconds between the server's signs that it still knows the pull."""
+QUIET: Final = 0.02
+"""Seconds without a message after which a loop that stops takes the server to be sending none."""
+LINGER: Final = 1.0
+"""Seconds it waits for that at most."""
 _ACK_PREFIX: Final = ACK.encode() + b"."
 
 
@@ -92,6 +96,7 @@ class PullLoop:
         self._retry: asyncio.TimerHandle | None = None
         self._undo: Callable[[], None] = lambda: None
         self._stopped = False
+        self._came = asyncio.Event()
 
     async def start(self) -> Self:
         """Begin to listen. Nothing is asked for before `want`."""
@@ -108,7 +113,7 @@ class PullLoop:
             self._ask(missing)
 
     async def stop(self) -> None:
-        """Ask for nothing more. What the server has sent to an open pull by then still goes to the handler."""
+        """Ask for nothing more. What the server is sending to an open pull still goes to the handler."""
         self._stopped = True
         self._undo()
         for timer in (self._timer, self._retry):
@@ -117,7 +122,19 @@ class PullLoop:
         await self._opener.aclose()
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
+            await self._quiet()
             await subscription.drain()
+
+    async def _quiet(self) -> None:
+        """Let a burst pass: what the server sends to a pull that nobody listens to any more has to be redelivered."""
+        try:
+            async with asyncio.timeout(LINGER):
+                while self._asked and self._broker.connected:
+                    self._came.clear()
+                    async with asyncio.timeout(QUIET):
+                        await self._came.wait()
+        except TimeoutError:
+            log.debug("pull on %s ends with %d messages asked for", self._next, self._asked)
 
     def _ask(self, batch: int) -> None:
         if not self._open_now or self._doubtful or self._stopped or not self._broker.connected:
@@ -137,6 +154,8 @@ class PullLoop:
         if reply.startswith(_ACK_PREFIX):
             self._asked = max(0, self._asked - 1)
             self._troubled = False
+            if self._stopped:
+                self._came.set()
             if self._steady:
                 self.want(self._wanted)
             elif self._steady is not None:
