@@ -36,7 +36,6 @@ async def replica(children: Children, home: Path, *, target: Path = ECHO, agent:
             "WEFT_IDENTITY": agent,
             "WEFT_LOG": "ERROR",
             "WEFT_GRACE": "0",
-            "WEFT_STREAM_BYTES": "-1",
             "BENCH_AGENT": agent,
         },
         stdout=False,

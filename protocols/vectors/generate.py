@@ -41,6 +41,7 @@ def render() -> dict[Path, bytes]:
         VECTORS / "states.json": _states(),
         VECTORS / "folds.json": _folds(),
         VECTORS / "pages.json": _pages(),
+        VECTORS / "groups.json": _groups(),
         VECTORS / "blobs.json": _blobs(),
         SPEC / "errors.json": _error_table(),
     }
@@ -535,6 +536,35 @@ def _pages() -> dict[str, Any]:
             },
         ],
         "refused": [events.pack(raw).hex()[:-2], "ff", "05aabb"],
+    }
+
+
+def _groups() -> dict[str, Any]:
+    working = json_format.ParseDict(_status_update("TASK_STATE_WORKING"), pb.StreamResponse())
+    done = json_format.ParseDict(_status_update("TASK_STATE_COMPLETED"), pb.StreamResponse())
+    stored = [
+        (1, "working", h.fields({h.EVENT: "1", h.STATE: "working", h.REPLICA: "r1"}), a2a.encode(working)),
+        (2, "", h.fields({h.EVENT: "2", h.CONTENT_TYPE: h.JSON}), b"{}"),
+        (3, "completed", h.fields({h.EVENT: "3", h.STATE: "completed"}), a2a.encode(done)),
+    ]
+    lines, body = events.group([(lines, data) for _, _, lines, data in stored])
+    listed = [{"n": n, "state": state, "body": data.hex()} for n, state, _, data in stored]
+    as_one = {"n": 3, "state": "completed"}
+
+    def case(name: str, headers: bytes, body: bytes, found: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"name": name, "headers": h.block(headers).decode(), "body": body.hex(), "events": found}
+
+    other = events.group([(fields, data) for _, _, fields, data in reversed(stored)])[1]
+    alone = {"n": 3, "state": "completed", "body": stored[2][3].hex()}
+    return {
+        "spec": "section 9",
+        "cases": [
+            case("three events", lines, body, listed),
+            case("one event", stored[2][2], stored[2][3], [alone]),
+            case("another number of events", lines.replace(b"Group: 3", b"Group: 2"), body, [as_one]),
+            case("cut short", lines, body[:-1], [as_one]),
+            case("the last is another event", lines, other, [as_one]),
+        ],
     }
 
 

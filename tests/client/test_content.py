@@ -31,7 +31,9 @@ async def broker(mesh: BrokerMesh) -> AsyncIterator[Broker]:
 
 
 async def sent(broker: Broker, what: Any, **options: Any) -> pb.Message:
-    return await content.to_message(broker, what, message_id="m", context_id="c", **options)
+    message = content.to_message(what, message_id="m", context_id="c", **options)
+    await content.shrink_message(broker, message)
+    return message
 
 
 @pytest.mark.parametrize(

@@ -408,5 +408,10 @@ async def test_a_read_side_that_does_not_answer_is_unavailable_by_the_deadline(
     reads.silent = True
     with pytest.raises(Unavailable):
         await reads_module.call(
-            caller.broker, "GetTask", agent=host.agent, request=pb.GetTaskRequest(id="0" * 32), timeout=0.2
+            caller.broker,
+            "GetTask",
+            agent=host.agent,
+            caller="local",
+            request=pb.GetTaskRequest(id="0" * 32),
+            timeout=0.2,
         )

@@ -69,7 +69,7 @@ async def test_of_two_events_with_one_number_the_first_counts() -> None:
     watch = TaskWatch("a", "t")
     watch.feed(event(1, text="first"), now=0.0)
     watch.feed(event(1, text="second"), now=0.0)
-    assert a2a.view(watch.task(), agent="a").text == "first"
+    assert a2a.view_of(watch.log(), watch.task_id, agent="a", last=watch.seen).text == "first"
 
 
 async def test_skipping_gives_up_what_is_missing_and_nothing_that_is_here() -> None:
@@ -158,7 +158,7 @@ async def test_a_refusal_concerns_its_message_and_changes_nothing_else() -> None
             await refused
     assert not other.done()
     assert (watch.state, watch.seen) == ("working", 2)
-    assert a2a.view(watch.task(), agent="a").message == a2a.message_from_proto(
+    assert a2a.view_of(watch.log(), watch.task_id, agent="a", last=watch.seen).message == a2a.message_from_proto(
         event(1, "working", text="at work").decode().status_update.status.message
     )
     watch.feed(event(3, "completed"), now=0.0)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from weft_coordinator.decide.index import MARK_EVERY, TaskIndex, Watermark, nanoseconds
 from weft_protocols import headers as h
 from weft_protocols import ids, subjects
+from weft_protocols.events import group
 from weft_protocols.states import BY_LABEL, State
 
 AGENT = "worker"
@@ -299,3 +300,22 @@ def test_in_stream_order_a_task_ends_once_and_stays_ended(plan: list[tuple[str, 
 )
 def test_times_are_read_to_the_nanosecond(text: str, expected: int) -> None:
     assert nanoseconds(text) == expected
+
+
+def test_a_group_counts_as_each_of_its_events() -> None:
+    dead = {"Weft-Dead-Letter": "1"}
+    each = [
+        event(0, "a", 1, "working", at=5, extra={"Weft-Replica": "r7", "Weft-Attempt": "3"}),
+        event(0, "a", 2),
+        event(0, "a", 3, "failed", at=9, extra=dead),
+    ]
+    lines = [one.headers.removeprefix(b"NATS/1.0\r\n").removesuffix(b"\r\n") for one in each if one.headers]
+    head, body = group([(line, one.data) for line, one in zip(lines, each, strict=True)])
+    index = feed(TaskIndex(), [created(1, "a")])
+    letter = index.happened(each[0].subject, 4, time=each[0].time, headers=h.block(head), data=body)
+    assert found(index, "a") == (State.FAILED, 4, 9)
+    entry = index.find(AGENT, task_id("a"), caller="local")
+    assert entry is not None
+    assert entry.detail is not None
+    assert (entry.events, entry.last, entry.dead, letter) == (3, 4, True, entry)
+    assert (entry.detail.replica, entry.detail.attempts) == ("r7", 3)

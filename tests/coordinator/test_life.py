@@ -59,7 +59,7 @@ async def test_a_restarted_coordinator_knows_everything_again(fresh_stage: Stage
     await stage.stop(running)
 
     with pytest.raises(Unavailable):
-        await reads.page(await stage.broker("local"), None, pb.ListTasksRequest())
+        await reads.page(await stage.broker("local"), None, pb.ListTasksRequest(), caller="local")
     await stage.coordinator()
     assert {task.id for task in (await stage.list("local")).tasks} == {done.task, waiting.task, lost.task}
     status = await coordinator.status(await stage.broker("operator"))

@@ -80,7 +80,7 @@ async def test_nothing_a_server_leaves_on_disk_can_be_read_by_others(server: Emb
 
 async def test_seeds_are_in_no_file_but_their_own(server: EmbeddedServer, home: Path) -> None:
     seeds = {read_seed(path) for path in (home / "keys").iterdir()}
-    assert len(seeds) == 5
+    assert len(seeds) == 6
     others = [path for path in _files(home) if path.parent.name != "keys"]
     assert [path for path in others for seed in seeds if seed.encode() in path.read_bytes()] == []
 
@@ -555,7 +555,7 @@ async def test_an_agent_that_comes_back_after_being_revoked_has_another_key(serv
         assert broker.connected
 
 
-@pytest.mark.parametrize("name", ["coordinator", "operator", "SYS"])
+@pytest.mark.parametrize("name", ["coordinator", "gateway", "operator", "SYS"])
 async def test_the_meshs_own_identities_cannot_be_revoked(mesh: BrokerMesh, name: str) -> None:
     with pytest.raises(InvalidName, match="is reserved"):
         await mesh.server.revoke(name)

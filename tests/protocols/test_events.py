@@ -117,3 +117,27 @@ def test_an_agent_cannot_forge_the_sequence_of_its_event() -> None:
     forged = h.fields({h.EVENT: "1", h.SEQUENCE: "999"})
     stamped = h.fields({"Nats-Stream": "MESH", h.SEQUENCE: "7"})
     assert RawEvent.of(b"", h.block(forged, stamped)).seq == 7
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "working", "completed"]), st.binary(max_size=300)), min_size=2, max_size=9)
+)
+def test_a_group_reads_as_its_events_with_the_stamps_of_the_message(written: list[tuple[str, bytes]]) -> None:
+    each = [
+        (h.fields({h.EVENT: str(n), **({h.STATE: state} if state else {})}), data)
+        for n, (state, data) in enumerate(written, 1)
+    ]
+    lines, body = events.group(each)
+    stamps = h.fields({"Nats-Stream": "MESH", h.SEQUENCE: "77", h.TIMESTAMP: "2026-01-01T00:00:00Z"})
+    found = events.read_stored(body, h.block(h.fields({h.EXPECTED_SEQUENCE: "5"}), lines, stamps))
+    assert [(event.n, event.state, event.data) for event in found] == [
+        (n, state, data) for n, (state, data) in enumerate(written, 1)
+    ]
+    assert {event.seq for event in found} == {77}
+    assert {h.stamped(event.headers, b"Nats-Time-Stamp") for event in found} == {b"2026-01-01T00:00:00Z"}
+
+
+def test_a_group_larger_than_any_host_makes_reads_as_one_event() -> None:
+    each = [(h.fields({h.EVENT: str(n)}), b"") for n in range(1, events.MAX_GROUP + 2)]
+    lines, body = events.group(each)
+    assert [event.n for event in events.read_stored(body, h.block(lines))] == [events.MAX_GROUP + 1]

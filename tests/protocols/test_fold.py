@@ -52,6 +52,13 @@ def in_order(arrived: list[tuple[int, pb.StreamResponse]]) -> list[pb.StreamResp
     return [seen[n] for n in sorted(seen)]
 
 
+@given(EVENTS)
+def test_a_view_made_from_events_is_that_of_the_folded_task(events: list[pb.StreamResponse]) -> None:
+    task = a2a.fold(events)
+    task.id = task.id or TASK
+    assert a2a.view_of(events, TASK, agent="a", last=3) == a2a.view(task, agent="a", events=3)
+
+
 @given(EVENTS, st.integers(0, 10))
 def test_a_snapshot_anywhere_and_the_rest_make_the_same_task(events: list[pb.StreamResponse], cut: int) -> None:
     snapshot = a2a.fold(events[:cut])

@@ -215,6 +215,14 @@ def test_pages() -> None:
             events.unpack(bytes.fromhex(page_))
 
 
+@pytest.mark.parametrize("case", load("groups")["cases"], ids=lambda case: case["name"])
+def test_groups(case: dict[str, Any]) -> None:
+    found = events.read_stored(bytes.fromhex(case["body"]), case["headers"].encode(), seq=7)
+    assert [(event.n, event.state, event.seq) for event in found] == [(e["n"], e["state"], 7) for e in case["events"]]
+    for event, expected in zip(found, case["events"], strict=True):
+        assert event.data.hex() == expected.get("body", case["body"])
+
+
 @pytest.mark.parametrize("case", load("blobs")["cases"], ids=lambda case: case["name"])
 def test_blob_references(case: dict[str, Any]) -> None:
     data = case["content"]["repeat"].encode() * case["content"]["times"]

@@ -309,6 +309,44 @@ def fold(events: Iterable[pb.StreamResponse], start: pb.Task | None = None) -> p
     return task
 
 
+def view_of(events: Sequence[pb.StreamResponse], task_id: str, *, agent: str, last: int) -> p.TaskView:
+    """`view(fold(events))` of task `task_id`, as a rule without making the A2A task in between: half the cost."""
+    status: pb.TaskStatusUpdateEvent | None = None
+    artifacts: dict[str, p.Artifact] = {}
+    history: list[p.Message] = []
+    metadata: dict[str, Any] = {}
+    for event in events:
+        if event.HasField("status_update"):
+            status = event.status_update
+            if status.status.HasField("message"):
+                history.append(message_from_proto(status.status.message))
+            if status.HasField("metadata"):
+                metadata |= struct_to_dict(status.metadata)
+        elif event.HasField("artifact_update") and not event.artifact_update.append:
+            made = artifact_from_proto(event.artifact_update.artifact)
+            artifacts[made.id] = made
+        else:
+            status = None
+            break
+    if status is None:
+        task = fold(events)
+        task.id = task.id or task_id
+        return view(task, agent=agent, events=last)
+    told = status.status
+    return p.TaskView(
+        id=status.task_id or task_id,
+        agent=agent,
+        context_id=status.context_id,
+        state=State(told.state),
+        message=history[-1] if told.HasField("message") else None,
+        artifacts=tuple(artifacts.values()),
+        history=tuple(history),
+        updated=_rfc3339(told.timestamp.seconds, told.timestamp.nanos) if told.HasField("timestamp") else "",
+        events=last,
+        metadata=metadata,
+    )
+
+
 def view(task: pb.Task, *, agent: str, events: int = 0) -> p.TaskView:
     """A task as plain values."""
     status = task.status

@@ -21,6 +21,7 @@ from a2a.types import a2a_pb2 as pb
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError
+from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.states import MESSAGE, State
 
 ANY_AGENT: Final = "_"
@@ -169,11 +170,19 @@ class TaskIndex:
         self.watermark = Watermark(self.watermark.tasks, seq)
         try:
             _, _, agent, task, caller, origin = subject.split(".")
-            n = _number(h.get(headers, b"Weft-Event"))
+            found = read_stored(data, headers, seq=seq)
+            if not all(event.n for event in found):
+                raise ValueError("no event number")
         except ValueError:
             self.skipped += 1
             return None
         entry = self._entry(caller, agent, task)
+        dead: Entry | None = None
+        for event in found:
+            dead = self._event(entry, origin, event=event, time=time) or dead
+        return dead
+
+    def _event(self, entry: Entry, origin: str, *, event: RawEvent, time: str) -> Entry | None:
         detail = entry.detail
         if entry.ended or detail is None:
             return None
@@ -181,22 +190,20 @@ class TaskIndex:
             self.skipped += 1
             return None
         detail.origin = detail.origin or sys.intern(origin)
+        n, seq = event.n, event.seq
         entry.last = seq
         if n > entry.events:
-            entry.events = n
-            if n % MARK_EVERY == 0:
+            if n // MARK_EVERY > entry.events // MARK_EVERY:
                 detail.marks.append((n, seq))
-        label = h.get(headers, b"Weft-State")
-        if label is None or n <= entry.status or h.get(headers, b"Weft-In-Reply-To") is not None:
+            entry.events = n
+        if not event.state or n <= entry.status or h.get(event.headers, b"Weft-In-Reply-To") is not None:
             if not entry.context:
-                self._enter(entry, State(entry.state), seq, n=0, at=_told_at(entry, time, headers=headers, data=data))
+                self._enter(entry, State(entry.state), seq, n=0, at=_told_at(entry, event, time))
             return None
-        return self._status(entry, label.decode("utf-8", "replace"), seq, n=n, time=time, headers=headers, data=data)
+        return self._status(entry, event, time=time)
 
-    def _status(
-        self, entry: Entry, label: str, seq: int, *, n: int, time: str, headers: bytes | None, data: bytes
-    ) -> Entry | None:
-        detail = entry.detail
+    def _status(self, entry: Entry, event: RawEvent, *, time: str) -> Entry | None:
+        detail, label, headers, seq = entry.detail, event.state, event.headers, event.seq
         state = State.COMPLETED if label == MESSAGE else a2a.state_from_label(label)
         if detail is None or state is State.UNSPECIFIED:
             self.skipped += 1
@@ -207,7 +214,7 @@ class TaskIndex:
         if attempt is not None and attempt.isdigit():
             detail.attempts = max(detail.attempts, int(attempt))
             detail.replica = (h.get(headers, b"Weft-Replica") or b"").decode("utf-8", "replace")
-        self._enter(entry, state, seq, n=n, at=_told_at(entry, time, headers=headers, data=data))
+        self._enter(entry, state, seq, n=event.n, at=_told_at(entry, event, time))
         if not entry.ended:
             return None
         self._finished.append(entry)
@@ -237,28 +244,20 @@ class TaskIndex:
         return entry
 
 
-def _told_at(entry: Entry, time: str, *, headers: bytes | None, data: bytes) -> int:
+def _told_at(entry: Entry, event: RawEvent, time: str) -> int:
     """When the event's status says it happened, else when it was stored; fills in the task's context if unknown."""
     try:
-        content_type = h.get(headers, b"Content-Type")
-        event = a2a.decode(pb.StreamResponse, data, content_type.decode() if content_type else h.PROTOBUF)
-    except (A2AError, ValueError):
+        proto = event.decode()
+    except A2AError:
         entry.context = entry.context or entry.task
         return nanoseconds(time)
     if not entry.context:
-        told = getattr(event, event.WhichOneof("payload") or "status_update")
+        told = getattr(proto, proto.WhichOneof("payload") or "status_update")
         entry.context = sys.intern(getattr(told, "context_id", "") or entry.task)
-    status = event.status_update.status
+    status = proto.status_update.status
     if status.HasField("timestamp"):
         return status.timestamp.seconds * 1_000_000_000 + status.timestamp.nanos
     return nanoseconds(time)
-
-
-def _number(value: bytes | None) -> int:
-    """An event's number; ValueError if it is none."""
-    if value is None or not value.isdigit() or len(value) >= 20 or not int(value):
-        raise ValueError("no event number")
-    return int(value)
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

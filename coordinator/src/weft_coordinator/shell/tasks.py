@@ -20,7 +20,7 @@ from weft_coordinator.shell.log import StreamReader
 from weft_protocols import a2a, ids, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError
-from weft_protocols.events import RawEvent
+from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.records import DeadLetter
 from weft_protocols.resources import STREAM
 
@@ -157,8 +157,8 @@ class TaskReader:
 
 def _raws(stored: Iterable[Stored]) -> list[RawEvent]:
     """Stored events; those without a number are none."""
-    events = (RawEvent.of(one.data, one.headers, seq=one.seq) for one in stored)
-    return [event for event in events if event.n > 0]
+    found = (event for one in stored for event in read_stored(one.data, one.headers, seq=one.seq))
+    return [event for event in found if event.n > 0]
 
 
 def _said(stored: Stored) -> Said | None:

@@ -20,8 +20,7 @@ FORM = "weft.blob"
 """Part metadata that says what a blob's bytes are: text, data or raw."""
 
 
-async def to_message(
-    broker: Broker,
+def to_message(
     content: Any,
     *,
     message_id: str,
@@ -39,8 +38,16 @@ async def to_message(
                 a2a.struct_to_dict(message.metadata)  # what its reader will do
     except (TypeError, ValueError, InvalidParams) as error:
         raise InvalidParams(f"the message cannot be sent: {error}") from error
-    message.parts.extend(await shrink(broker, parts))
+    message.parts.extend(parts)
     return message
+
+
+async def shrink_message(broker: Broker, message: pb.Message) -> None:
+    """Replace the message's large parts by references to blobs."""
+    if message.ByteSize() > blobs.LIMIT:
+        parts = await shrink(broker, message.parts)
+        del message.parts[:]
+        message.parts.extend(parts)
 
 
 async def shrink(broker: Broker, parts: Iterable[pb.Part]) -> list[pb.Part]:

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content, reads
-from weft.client.watch import Event, TaskWatch, event_of, refuses
+from weft.client.watch import STOPS, Event, TaskWatch, event_of, refuses
 from weft.core.broker import Broker, Subscription
 from weft.core.supervise import Tasks
 from weft_protocols import a2a, ids, subjects
@@ -31,7 +31,7 @@ from weft_protocols.errors import (
     UnsupportedOperation,
     WeftError,
 )
-from weft_protocols.events import RawEvent
+from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.parts import TaskView
 from weft_protocols.resources import STREAM
 from weft_protocols.states import State
@@ -91,8 +91,7 @@ class Handle:
         """
         watch = self._watched.watch
         try:
-            async with asyncio.timeout(timeout):
-                await watch.stopped(after=self._since, sent=self.sent, message_id=self._message_id)
+            await watch.stopped(after=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"task {self.id} of {self.agent} has not ended within {timeout:g} s (it is "
@@ -119,10 +118,29 @@ class Handle:
                 yield event
         self._check_order()
 
+    async def raw_events(
+        self, *, timeout: float | None = None
+    ) -> AsyncGenerator[tuple[RawEvent, pb.StreamResponse], None]:
+        """What `events` yields, as it is stored and as A2A's message with its blobs put back."""
+        events = self._mesh._follow_raw(
+            self._watched, since=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout
+        )
+        async with aclosing(events):
+            async for event in events:
+                self._check_order()
+                yield event
+        self._check_order()
+
+    async def task(self, timeout: float | None = 60.0) -> pb.Task:
+        """What `result` returns, as A2A's task without the caller's own messages."""
+        await self.result(timeout)
+        task = self._watched.watch.task()
+        return await content.expand_task(self._mesh.broker, task)
+
     def _check_order(self) -> None:
         """A follow-up stored after the terminal event came too late, whoever read it (binding, section 12)."""
         watch = self._watched.watch
-        if watch.ended and 0 < watch.stop_seq < self.sent:
+        if self.sent and watch.ended and 0 < watch.stop_seq < self.sent:
             raise UnsupportedOperation(
                 f"task {self.id} of {self.agent} had ended as {watch.state} before the message came"
             )
@@ -153,11 +171,14 @@ class Mesh:
     Sending is idempotent by `message_id`: the same message sent again, also by another process of the same
     identity, is the same task. Waiting ends with a deadline, never with a hang; a full window or stream is
     `Backpressure`.
+
+    Args:
+        caller: who it speaks as. Only a member of account MESH can speak as another than its own identity.
     """
 
-    def __init__(self, broker: Broker, *, chain: str = "") -> None:
+    def __init__(self, broker: Broker, *, chain: str = "", caller: str | None = None) -> None:
         self.broker = broker
-        self.caller = broker.settings.identity
+        self.caller = caller or broker.settings.identity
         self.origin = uuid.uuid4().hex[:12]
         self._chain = chain
         self._watched: dict[str, _Watched] = {}
@@ -229,18 +250,31 @@ class Mesh:
             InvalidName, InvalidParams, TooLarge: the input is wrong.
             Backpressure, Unreachable, TimedOut: not accepted for sure; sending again is safe.
         """
-        subjects.check_name(agent)
         message_id = message_id or os.urandom(16).hex()
-        task_id = ids.task_id(self.caller, agent, message_id)
-        # Derived, so that the message sent again goes to the same subject, where it is refused (binding, "Context id").
-        context_id = context_id or task_id
         meta = dict(metadata or {})
         if skill is not None:
             meta[a2a.SKILL] = skill
-        proto = await content.to_message(
-            self.broker, message, message_id=message_id, context_id=context_id, metadata=meta
+        proto = content.to_message(message, message_id=message_id, context_id=context_id or "", metadata=meta)
+        return await self.submit_request(
+            agent, pb.SendMessageRequest(message=proto), deadline=deadline, headers=headers
         )
-        body = content.check_size(pb.SendMessageRequest(message=proto).SerializeToString(), self.broker.max_payload)
+
+    async def submit_request(
+        self,
+        agent: str,
+        request: pb.SendMessageRequest,
+        *,
+        deadline: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Handle:
+        """`submit` for a request as A2A has it, which is changed: its context is set, large parts become blobs."""
+        subjects.check_name(agent)
+        message = request.message
+        task_id = ids.task_id(self.caller, agent, message.message_id)
+        # Derived, so that the message sent again goes to the same subject, where it is refused (binding, "Context id").
+        context_id = message.context_id = message.context_id or task_id
+        await content.shrink_message(self.broker, message)
+        body = content.check_size(request.SerializeToString(), self.broker.max_payload)
         block = h.block(self._create, self._static, self._options(deadline, headers))
         watched = self._watch(agent, task_id)
         try:
@@ -254,7 +288,7 @@ class Mesh:
             await self._unwatch(watched)
             raise
         watched.context = context_id
-        return Handle(self, watched, context_id=context_id, message_id=message_id)
+        return Handle(self, watched, context_id=context_id, message_id=message.message_id)
 
     async def send(
         self,
@@ -325,6 +359,18 @@ class Mesh:
         finally:
             await self._unwatch(watched)
 
+    async def subscribe_raw(
+        self, agent: str, task_id: str, *, after: int = 0, timeout: float | None = None
+    ) -> AsyncGenerator[tuple[RawEvent, pb.StreamResponse], None]:
+        """What `subscribe` yields, as it is stored and as A2A's message with its blobs put back."""
+        watched = await self._open(agent, task_id, after=after)
+        try:
+            async with aclosing(self._follow_raw(watched, since=after, timeout=timeout)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            await self._unwatch(watched)
+
     async def handle(self, agent: str, task_id: str) -> Handle:
         """A handle on a task that was sent before, also by another process of this identity."""
         watched = await self._open(agent, task_id, after=0)
@@ -337,7 +383,7 @@ class Mesh:
 
     async def get(self, agent: str, task_id: str, *, history_length: int | None = None) -> TaskView:
         """A task as it is now (GetTask)."""
-        return await reads.get(self.broker, agent, task_id, history_length=history_length)
+        return await reads.get(self.broker, agent, task_id, caller=self.caller, history_length=history_length)
 
     async def list(
         self,
@@ -358,7 +404,7 @@ class Mesh:
         )
         if state is not None:
             request.status = a2a.state_to_proto(state)
-        return await reads.page(self.broker, agent, request)
+        return await reads.page(self.broker, agent, request, caller=self.caller)
 
     async def cancel(self, agent: str, task_id: str, *, reason: str = "", timeout: float = 30.0) -> TaskView:
         """Cancel a task and wait until it ended (CancelTask).
@@ -410,37 +456,59 @@ class Mesh:
         return await self.broker.publish(subject, request.SerializeToString(), headers=block)
 
     async def _follow_up(self, agent: str, task_id: str, *, message: Any, options: dict[str, Any]) -> Handle:
+        deadline, headers = options.pop("deadline", None), options.pop("headers", None)
+        meta = dict(options.pop("metadata", None) or {})
+        if (skill := options.pop("skill", None)) is not None:
+            meta[a2a.SKILL] = skill
+        proto = content.to_message(
+            message,
+            message_id=options.pop("message_id", None) or uuid.uuid4().hex,
+            context_id=options.pop("context_id", None) or "",
+            task_id=task_id,
+            metadata=meta,
+        )
+        if options:
+            raise TypeError(f"a follow-up takes no option {', '.join(options)}")
+        request = pb.SendMessageRequest(message=proto)
+        return await self.follow_up_request(agent, request, deadline=deadline, headers=headers)
+
+    async def follow_up_request(
+        self,
+        agent: str,
+        request: pb.SendMessageRequest,
+        *,
+        deadline: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Handle:
+        """Send a follow-up as A2A has it, which is changed as by `submit_request`; returns when it is stored.
+
+        Raises:
+            UnsupportedOperation: its task has ended.
+            InvalidRequest: the task belongs to another context.
+            TaskNotFound: no such task of this caller.
+            and what `submit` raises.
+        """
+        message = request.message
+        task_id = message.task_id
         watched = await self._open(agent, task_id, after=0)
         try:
             watch = watched.watch
             if watch.ended:
                 raise UnsupportedOperation(f"task {task_id} of {agent} has ended as {watch.state}; send a new message")
             context_id = await self._context(watched)
-            wanted = options.pop("context_id", None)
-            if wanted and wanted != context_id:
-                raise InvalidRequest(f"task {task_id} belongs to context {context_id}, not {wanted}")
+            if message.context_id not in ("", context_id):
+                raise InvalidRequest(f"task {task_id} belongs to context {context_id}, not {message.context_id}")
+            message.context_id = context_id
             since = watch.seen
-            message_id = options.pop("message_id", None) or uuid.uuid4().hex
-            deadline, headers = options.pop("deadline", None), options.pop("headers", None)
-            meta = dict(options.pop("metadata", None) or {})
-            if (skill := options.pop("skill", None)) is not None:
-                meta[a2a.SKILL] = skill
-            if options:
-                raise TypeError(f"a follow-up takes no option {', '.join(options)}")
-            proto = await content.to_message(
-                self.broker,
-                message,
-                message_id=message_id,
-                context_id=context_id,
-                task_id=task_id,
-                metadata=meta,
-            )
-            body = content.check_size(pb.SendMessageRequest(message=proto).SerializeToString(), self.broker.max_payload)
-            deduplicate = h.fields({h.DEDUPLICATION_ID: self._own_id(task_id, message_id)})
+            await content.shrink_message(self.broker, message)
+            body = content.check_size(request.SerializeToString(), self.broker.max_payload)
+            deduplicate = h.fields({h.DEDUPLICATION_ID: self._own_id(task_id, message.message_id)})
             block = h.block(self._static, deduplicate, self._options(deadline, headers))
             subject = subjects.input(agent, ids.slice_of(context_id), self.caller, task_id)
             sequence = await self.broker.publish(subject, body, headers=block)
-            return Handle(self, watched, context_id=context_id, message_id=message_id, since=since, sent=sequence)
+            return Handle(
+                self, watched, context_id=context_id, message_id=message.message_id, since=since, sent=sequence
+            )
         except BaseException:
             await self._unwatch(watched)
             raise
@@ -450,7 +518,11 @@ class Mesh:
         return hashlib.sha256(self._secret + f"{task_id}:{message_id}".encode()).hexdigest()[:32]
 
     async def _view(self, watch: TaskWatch) -> TaskView:
-        return a2a.view(await content.expand_task(self.broker, watch.task()), agent=watch.agent, events=watch.seen)
+        log = watch.log()
+        if watch.has_blobs:
+            for event in log:
+                await content.expand_event(self.broker, event)
+        return a2a.view_of(log, watch.task_id, agent=watch.agent, last=watch.seen)
 
     async def _context(self, watched: _Watched) -> str:
         if not watched.context:
@@ -531,7 +603,7 @@ class Mesh:
         pattern = subjects.live_task(self.caller, watched.watch.agent, watched.watch.task_id)
 
         def feed(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-            self._feed(watched, RawEvent.of(bytes(data), headers))
+            self._feed(watched, data, headers)
 
         subscription = await self.broker.subscribe_raw(pattern, feed)
         if watched.keep(subscription):
@@ -552,6 +624,15 @@ class Mesh:
         self, watched: _Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
     ) -> AsyncGenerator[Event, None]:
         watch = watched.watch
+        following = self._follow_raw(watched, since=since, sent=sent, message_id=message_id, timeout=timeout)
+        async with aclosing(following) as found:
+            async for raw, proto in found:
+                yield event_of(raw, proto, task_id=watch.task_id, agent=watch.agent)
+
+    async def _follow_raw(
+        self, watched: _Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
+    ) -> AsyncGenerator[tuple[RawEvent, pb.StreamResponse], None]:
+        watch = watched.watch
         queue = watch.reader()
         until = None if timeout is None else asyncio.get_running_loop().time() + timeout
         try:
@@ -567,9 +648,8 @@ class Mesh:
                     raise error
                 proto = raw.decode()
                 await content.expand_event(self.broker, proto)
-                event = event_of(raw, proto, task_id=watch.task_id, agent=watch.agent)
-                yield event
-                if event.state is not None and (event.state.terminal or event.state.interrupted):
+                yield raw, proto
+                if raw.state in STOPS:
                     return
         finally:
             watch.release(queue)
@@ -578,10 +658,12 @@ class Mesh:
         # Any agent can write events for this origin under its own name: only the task's agent is listened to.
         watched = self._watched.get(subject[subject.rfind(b".", 0, -33) + 1 :].decode())
         if watched is not None:
-            self._feed(watched, RawEvent.of(bytes(data), headers))
+            self._feed(watched, data, headers)
 
-    def _feed(self, watched: _Watched, event: RawEvent) -> None:
-        watched.watch.feed(event, now=asyncio.get_running_loop().time())
+    def _feed(self, watched: _Watched, data: bytes, headers: bytes | None) -> None:
+        now = asyncio.get_running_loop().time()
+        for event in read_stored(bytes(data), headers):
+            watched.watch.feed(event, now=now)
         watched.silent_checks = 0
         if watched.watch.has_gap and not watched.checking:
             self._tasks.start(self._resync(watched), name=f"fill {watched.watch.task_id}")
@@ -618,10 +700,11 @@ class Mesh:
             subject = subjects.event(watch.agent, watch.task_id, self.caller, self.origin)
             last = await self.broker.last(STREAM, subject)
             if last is not None:
-                event = RawEvent.of(last.data, last.headers, seq=last.seq)
-                if event.n <= watch.seen:
+                newest = read_stored(last.data, last.headers, seq=last.seq)
+                if newest[-1].n <= watch.seen:
                     return
-                watch.feed(event, now=asyncio.get_running_loop().time())
+                for event in newest:
+                    watch.feed(event, now=asyncio.get_running_loop().time())
                 if not watch.has_gap:
                     return
             elif not watched.anywhere:
@@ -637,7 +720,7 @@ class Mesh:
         watch = watched.watch
         while not watch.ended:
             after = watch.seen
-            page = await reads.events_after(self.broker, watch.agent, watch.task_id, after=after)
+            page = await reads.events_after(self.broker, watch.agent, watch.task_id, caller=self.caller, after=after)
             if not page or page[-1].n <= after:
                 return
             now = asyncio.get_running_loop().time()

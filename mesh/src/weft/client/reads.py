@@ -38,6 +38,7 @@ async def call(
     method: str,
     *,
     agent: str,
+    caller: str,
     request: ProtoMessage,
     extra: bytes = b"",
     timeout: float = 5.0,
@@ -45,7 +46,7 @@ async def call(
     """One A2A operation by request and reply. Raises its A2A error, or Unavailable if nobody answers."""
     if agent != ANY_AGENT:
         subjects.check_name(agent)
-    subject = subjects.rpc(agent, method, broker.settings.identity)
+    subject = subjects.rpc(agent, method, caller)
     block = h.block(h.fields({h.VERSION: h.A2A_VERSION}), extra)
     try:
         reply = await broker.request(subject, request.SerializeToString(), headers=block, timeout=timeout)
@@ -59,13 +60,13 @@ async def call(
     return reply
 
 
-async def get(broker: Broker, agent: str, task_id: str, *, history_length: int | None = None) -> TaskView:
+async def get(broker: Broker, agent: str, task_id: str, *, caller: str, history_length: int | None = None) -> TaskView:
     """GetTask."""
     subjects.check_task_id(task_id)
     request = pb.GetTaskRequest(id=task_id)
     if history_length is not None:
         request.history_length = history_length
-    reply = await call(broker, "GetTask", agent=agent, request=request)
+    reply = await call(broker, "GetTask", agent=agent, caller=caller, request=request)
     task = await content.expand_task(broker, pb.Task.FromString(reply.data))
     named = h.get(reply.headers, b"Weft-Agent")
     return a2a.view(
@@ -73,9 +74,9 @@ async def get(broker: Broker, agent: str, task_id: str, *, history_length: int |
     )
 
 
-async def page(broker: Broker, agent: str | None, request: pb.ListTasksRequest) -> Page:
+async def page(broker: Broker, agent: str | None, request: pb.ListTasksRequest, *, caller: str) -> Page:
     """ListTasks, of one agent or of all."""
-    reply = await call(broker, "ListTasks", agent=agent or ANY_AGENT, request=request)
+    reply = await call(broker, "ListTasks", agent=agent or ANY_AGENT, caller=caller, request=request)
     answer = pb.ListTasksResponse.FromString(reply.data)
     names = (h.get(reply.headers, b"Weft-Agents") or b"").decode().split(",")
     views = tuple(
@@ -84,9 +85,9 @@ async def page(broker: Broker, agent: str | None, request: pb.ListTasksRequest) 
     return Page(views, answer.next_page_token, answer.total_size)
 
 
-async def events_after(broker: Broker, agent: str, task_id: str, *, after: int) -> list[RawEvent]:
+async def events_after(broker: Broker, agent: str, task_id: str, *, caller: str, after: int) -> list[RawEvent]:
     """One page of a task's stored events after number `after`, in order; empty when there is nothing newer."""
     request = pb.SubscribeToTaskRequest(id=task_id)
     extra = h.fields({h.EVENT: str(after)})
-    reply = await call(broker, "SubscribeToTask", agent=agent, request=request, extra=extra)
+    reply = await call(broker, "SubscribeToTask", agent=agent, caller=caller, request=request, extra=extra)
     return events.unpack(reply.data)

@@ -13,12 +13,14 @@ from typing import Any
 
 from a2a.types import a2a_pb2 as pb
 
+from weft.core import blobs
 from weft_protocols import a2a
 from weft_protocols import headers as h
 from weft_protocols.events import RawEvent
 from weft_protocols.parts import Artifact, Message, Text
 from weft_protocols.states import BY_LABEL, END_LABELS, INTERRUPTED, State
 
+_BLOB = blobs.SCHEME.encode()
 STOPS = END_LABELS | {state.label for state in INTERRUPTED}
 
 
@@ -85,6 +87,11 @@ def event_of(raw: RawEvent, proto: pb.StreamResponse, *, task_id: str, agent: st
     )
 
 
+def _expire(changed: asyncio.Future[None]) -> None:
+    if not changed.done():
+        changed.set_exception(TimeoutError())
+
+
 def refuses(event: RawEvent) -> str:
     """Id of the follow-up that an event refuses; empty where it refuses none."""
     return (h.get(event.headers, b"Weft-In-Reply-To") or b"").decode("utf-8", "replace")
@@ -103,12 +110,10 @@ class TaskWatch:
         """`Weft-State` of the last event that had one."""
         self.stop: RawEvent | None = None
         """The event that last stopped the task."""
-        self.base: pb.Task | None = None
-        """Snapshot the events extend, where watching began in the middle."""
         self._early: dict[int, RawEvent] = {}
         self._events: deque[RawEvent] = deque()
         self._refusals: dict[str, RawEvent] = {}
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._readers: list[asyncio.Queue[RawEvent | None]] = []
         self.failed: Exception | None = None
         """Why nothing more will come."""
@@ -122,6 +127,11 @@ class TaskWatch:
     def has_gap(self) -> bool:
         """Whether a later event is here and an earlier one is not."""
         return bool(self._early)
+
+    @property
+    def has_blobs(self) -> bool:
+        """Whether an event may refer to a blob."""
+        return any(_BLOB in event.data for event in self._events)
 
     @property
     def ended(self) -> bool:
@@ -152,7 +162,7 @@ class TaskWatch:
     def fail(self, error: Exception) -> None:
         """Wake everybody who waits with an error."""
         self.failed = error
-        self._changed.set()
+        self._wake()
         for queue in self._readers:
             queue.put_nowait(None)
 
@@ -162,23 +172,28 @@ class TaskWatch:
         if event.reason and (refused := refuses(event)):
             # It only repeats the state, and concerns nobody but the sender of that message.
             self._refusals[refused] = event
-            self._changed.set()
+            self._wake()
         elif event.state:
             self.state = event.state
             if event.state in STOPS:
                 self.stop = event
-                self._changed.set()
+                self._wake()
         for queue in self._readers:
             queue.put_nowait(event)
 
-    async def stopped(self, *, after: int = 0, sent: int = 0, message_id: str = "") -> str:
+    async def stopped(
+        self, *, after: int = 0, sent: int = 0, message_id: str = "", timeout: float | None = None
+    ) -> str:
         """Wait until the task ends, or is interrupted by an event later than number `after`; its state label.
 
         Where a follow-up was stored with sequence `sent`, by an event stored after it.
 
         Raises:
             A2AError: the message `message_id` was refused.
+            TimeoutError: neither happened within `timeout` seconds.
         """
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
         while True:
             if (refusal := self._refusals.get(message_id)) is not None and (error := refusal.error) is not None:
                 raise error
@@ -189,16 +204,33 @@ class TaskWatch:
                 return self.state
             if self.failed is not None:
                 raise self.failed
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change(deadline)
 
     async def over(self) -> None:
         """Wait until the task has ended."""
         while not self.ended:
             if self.failed is not None:
                 raise self.failed
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change(None)
+
+    async def _change(self, deadline: float | None) -> None:
+        """Wait for the next change; TimeoutError at `deadline` (loop time)."""
+        # A timer and a future: asyncio.timeout around an Event costs every caller of every task three times that.
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[None] = loop.create_future()
+        timer = None if deadline is None else loop.call_at(deadline, _expire, changed)
+        self._waiting.append(changed)
+        try:
+            await changed
+        finally:
+            self._waiting.remove(changed)
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        for changed in self._waiting:
+            if not changed.done():
+                changed.set_result(None)
 
     def last_event(self) -> RawEvent | None:
         """The last event in order."""
@@ -218,9 +250,12 @@ class TaskWatch:
         """Stop filling a reader's queue."""
         self._readers.remove(queue)
 
+    def log(self) -> list[pb.StreamResponse]:
+        """The events so far, without those that only refuse a follow-up."""
+        return [event.decode() for event in self._events if not (event.reason and refuses(event))]
+
     def task(self) -> pb.Task:
-        """The task as the events so far describe it."""
-        events = (event for event in self._events if not (event.reason and refuses(event)))
-        task = a2a.fold((event.decode() for event in events), self.base)
+        """The A2A task as the events so far describe it."""
+        task = a2a.fold(self.log())
         task.id = task.id or self.task_id
         return task

@@ -15,8 +15,8 @@ from typing import Any, Final
 from weft_protocols.errors import InvalidConfig
 
 HOME_NAME: Final = ".weft"
-MEMBERS: Final = ("coordinator", "operator", "SYS")
-"""Identities of the mesh itself: two in account MESH, and the system account's."""
+MEMBERS: Final = ("coordinator", "gateway", "operator", "SYS")
+"""Identities of the mesh itself: three in account MESH, and the system account's."""
 _LINUX: Final = sys.platform.startswith("linux")
 
 

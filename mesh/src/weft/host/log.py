@@ -1,8 +1,8 @@
 """A task's public log, written under one claim.
 
-Events leave at once and in order, several in flight; each carries its number. When the outcome of one is
-unknown the claim is renewed, the log is read, and what is not in it is sent again. So every event is stored once,
-in order, and none after the one that ends the task.
+Events that are written in one turn of the loop are stored as one message, all or none; several messages may be in
+flight. When the outcome of one is unknown the claim is renewed, the log is read, and what is not in it is sent
+again. So every event is stored once, in order, and none after the one that ends the task.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from weft.host.fence import Fence
 from weft_protocols import a2a
 from weft_protocols import headers as h
 from weft_protocols.errors import BrokerError, Conflict, Fenced, TimedOut, TooLarge, Unreachable, WeftError
+from weft_protocols.events import group
 from weft_protocols.resources import STREAM
 from weft_protocols.states import State
 
 IN_FLIGHT: Final = 32
 """Events of one task without an acknowledgement; a handler that writes faster waits."""
+GROUP: Final = 128 * 1024
+"""Bytes of events that are stored as one message; larger ones go by themselves."""
 PATIENCE: Final = 60.0
 """Seconds a write is tried before the attempt is given up; the task is then delivered again."""
 
@@ -45,11 +48,8 @@ class EventLog:
 
     Args:
         ordered: whether the broker stores one connection's messages in the order they were sent, even if it loses
-            some (a single server does, a cluster that elects a leader does not). Then a status is acknowledged by
-            what follows it, and the event that ends a task waits only for results; otherwise each event is
-            acknowledged by itself, and the end waits for all before it.
-        unlimited: whether the stream has no size of its own. A full stream can refuse a result and take the small
-            event after it; a full disk or account refuses both. So results are treated as a status is, then.
+            some (a single server does, a cluster that elects a leader does not). Then the event that ends a task
+            waits only for results that were written before; otherwise for everything.
         on_failure: told once when nothing more can be written, before anybody awaits it.
     """
 
@@ -61,7 +61,6 @@ class EventLog:
         fence: Fence,
         content_type: str = h.PROTOBUF,
         ordered: bool = True,
-        unlimited: bool = False,
         on_failure: Callable[[BrokerError | Fenced], None],
     ) -> None:
         self.subject = subject
@@ -74,7 +73,6 @@ class EventLog:
         self._content_type = content_type
         self._type_line = b"" if content_type == h.PROTOBUF else h.fields({h.CONTENT_TYPE: content_type})
         self._ordered = ordered
-        self._unlimited = unlimited
         self._on_failure = on_failure
         self._unacked: dict[int, _Entry] = {}
         self._redo: dict[int, _Entry] = {}
@@ -90,13 +88,9 @@ class EventLog:
         entry.result = state is None
         if state is not None:
             self.last_state = state
-        if self._ordered and (state is State.WORKING or (entry.result and self._unlimited)):
-            # What follows in this turn of the loop is acknowledged for it, too.
-            if not self._held_back:
-                asyncio.get_running_loop().call_soon(self._let_go)
-            self._held_back.append(entry)
-        else:
-            self._send(entry)
+        if not self._held_back:
+            asyncio.get_running_loop().call_soon(self._let_go)
+        self._held_back.append(entry)
         return entry.n
 
     async def settle(self) -> None:
@@ -117,12 +111,13 @@ class EventLog:
 
     async def finish(self, event: pb.StreamResponse, *, label: str, extra: bytes = b"") -> None:
         """Write the event that ends the task and return when it is stored. Nothing follows it."""
-        results_first = not self._unlimited and any(entry.result for entry in self._unacked.values())
-        if not self._ordered or self._redo or results_first:
+        # A full stream takes a small event after it refused a result: they go together, or one after the other.
+        results_first = any(entry.result for entry in self._unacked.values()) or _size(self._held_back) > GROUP // 2
+        if results_first or self._redo or (self._unacked and not self._ordered):
             await self.settle()
         entry = self._entry(event, label=label, extra=extra)
         self.closed = True
-        self._send(entry)
+        self._held_back.append(entry)
         await self.settle()
 
     def _entry(self, event: pb.StreamResponse, *, label: str, extra: bytes) -> _Entry:
@@ -137,58 +132,50 @@ class EventLog:
         state = b"Weft-State: %b\r\n" % label.encode() if label else b""
         return _Entry(self.last, data, b"".join((b"Weft-Event: %d\r\n" % self.last, state, self._type_line, extra)))
 
-    def _send(self, entry: _Entry) -> None:
-        """Write an event that is to be acknowledged, and before it those that were held back."""
-        self._held_back.append(entry)
-        self._let_go()
-
     def _let_go(self) -> None:
-        """Write what was held back. On one connection to one server the last one's acknowledgement is for all."""
-        if not self._held_back:
-            return
+        """Write what was held back: one message, or several where it is large."""
         held, self._held_back = self._held_back, []
-        lines, last = self._fence.lines, held[-1]
         self._unacked.update((entry.n, entry) for entry in held)
-        for entry in held:
-            headers = b"".join((b"NATS/1.0\r\n", lines, entry.lines, b"\r\n"))
-            try:
-                if entry is last:
-                    then = partial(self._answered, entry)
-                    self._broker.publish_then(self.subject, entry.data, headers=headers, then=then)
-                else:
-                    self._broker.send(self.subject, entry.data, headers=headers)
-            except BrokerError:
-                self._lost(last)
-                return
+        while held:
+            count = 1
+            while count < len(held) and _size(held[: count + 1]) <= GROUP:
+                count += 1
+            self._write(held[:count])
+            del held[:count]
 
-    def _answered(self, entry: _Entry, ack: bytes, _: bytes | None, error: WeftError | None) -> None:
+    def _write(self, entries: list[_Entry]) -> None:
+        if len(entries) == 1:
+            lines, data = entries[0].lines, entries[0].data
+        else:
+            lines, data = group([(entry.lines, entry.data) for entry in entries])
+        headers = b"".join((b"NATS/1.0\r\n", self._fence.lines, lines, b"\r\n"))
+        try:
+            self._broker.publish_then(self.subject, data, headers=headers, then=partial(self._answered, entries))
+        except BrokerError:
+            self._lost(entries)
+
+    def _answered(self, entries: list[_Entry], ack: bytes, _: bytes | None, error: WeftError | None) -> None:
         if error is None and b'"error"' in ack:
             try:
                 sequence_of(ack)
             except BrokerError as refused:
                 error = refused
         if isinstance(error, Unreachable | TimedOut):
-            self._lost(entry)
+            self._lost(entries)
             return
-        for n in self._up_to(entry.n):
-            del self._unacked[n]
+        for entry in entries:
+            self._unacked.pop(entry.n, None)
         if isinstance(error, Conflict):
             self._fail(Fenced(f"a newer claim owns {self.subject}"))
         elif isinstance(error, BrokerError):
             self._fail(error)
         self._wake()
 
-    def _lost(self, entry: _Entry) -> None:
-        for n in self._up_to(entry.n):
-            self._redo[n] = self._unacked.pop(n)
-        self._redo[entry.n] = entry
+    def _lost(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            self._unacked.pop(entry.n, None)
+            self._redo[entry.n] = entry
         self._wake()
-
-    def _up_to(self, last: int) -> list[int]:
-        """Numbers of the events without an acknowledgement that one for `last` speaks for."""
-        if not self._ordered:
-            return [last] if last in self._unacked else []
-        return [n for n in self._unacked if n <= last]
 
     def _wake(self) -> None:
         if self._waiting and (not self._unacked or self._failure):
@@ -226,3 +213,8 @@ class EventLog:
             except (Conflict, Unreachable, TimedOut) as error:
                 await self._broker.before_retry(attempt, deadline, error)
                 attempt += 1
+
+
+def _size(entries: list[_Entry]) -> int:
+    """Bytes of a group, about."""
+    return sum(len(entry.data) + len(entry.lines) + 32 for entry in entries)

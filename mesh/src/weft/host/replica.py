@@ -57,7 +57,6 @@ class Replica:
         broker: Broker,
         *,
         durability: Durability | None = None,
-        unlimited: bool = False,
         replica_id: str | None = None,
     ) -> None:
         self.agent = agent
@@ -65,8 +64,6 @@ class Replica:
         self.mesh = Mesh(broker)
         self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.durability = durability or DURABILITY["laptop"]
-        self.unlimited = unlimited
-        """Whether the task stream is known to have no size of its own; see `EventLog`."""
         self.counters = Counters()
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
@@ -360,7 +357,6 @@ class Replica:
             subject=subject,
             fence=fence,
             ordered=self.durability.ordered,
-            unlimited=self.unlimited,
             content_type=work.accept,
             on_failure=lambda error: report[0](error),
         )

@@ -316,7 +316,6 @@ class ReplicaProcess(Process):
             "WEFT_HOME": str(mesh.home),
             "WEFT_IDENTITY": identity,
             "WEFT_DURABILITY": mesh.durability,
-            "WEFT_STREAM_BYTES": "-1",
         }
         super().__init__(("-m", "weft.host", str(target)), ready="ready:", env={**settings, **(env or {})})
 

@@ -40,6 +40,7 @@ from weft.core.broker import Broker, Delivered
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidName, WeftError
+from weft_protocols.events import read_stored
 from weft_protocols.records import CHILDREN_KEY, HELD, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, END_LABELS, MESSAGE, State, may_follow
@@ -219,7 +220,7 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
         elif parsed.kind == "claim":
             task.claims.append(entry)
         elif parsed.kind == "event":
-            task.events.append(entry)
+            task.events += _events(entry)
         elif parsed.kind == "step":
             task.steps[parsed["key"]].append(entry)
     found.tasks = len(tasks)
@@ -234,6 +235,18 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
     return tasks
 
 
+def _events(entry: Entry) -> Iterable[Entry]:
+    """The events of one message, each with the message's condition."""
+    if "weft-group" not in entry.headers:
+        return [entry]
+    shared = {name: value for name, value in entry.headers.items() if name.startswith("nats-")}
+    block = h.block(h.fields(entry.headers))
+    return [
+        Entry(entry.seq, entry.subject, h.parse(event.headers) | shared, event.data)
+        for event in read_stored(entry.data, block, seq=entry.seq)
+    ]
+
+
 def _created_once(task: _Task) -> Iterable[tuple[int, str]]:
     if len(task.creations) != 1:
         yield 1, f"is created by {len(task.creations)} messages: {[entry.seq for entry in task.creations]}"
@@ -246,8 +259,9 @@ def _ends_once(task: _Task) -> Iterable[tuple[int, str]]:
         yield 2, f"has {len(terminal)} terminal events (its last event says {last})"
     if terminal:
         end = terminal[0].seq
-        for entry in (*task.events, *(record for records in task.steps.values() for record in records)):
-            if entry.seq > end:
+        late = task.events[task.events.index(terminal[0]) + 1 :]
+        for entry in (*late, *(record for records in task.steps.values() for record in records)):
+            if entry in late or entry.seq > end:
                 yield 3, f"{entry.subject} was stored at {entry.seq}, after the terminal event at {end}"
 
 

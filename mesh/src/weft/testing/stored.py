@@ -12,7 +12,7 @@ from weft.testing.broker import BrokerMesh
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import ApiError
-from weft_protocols.events import RawEvent
+from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.records import HELD, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import END_LABELS
@@ -41,7 +41,7 @@ class StoredTask:
                 *await _all(broker, f"mesh.task.{agent}.*.*.{task_id}"),
                 *await _all(broker, f"mesh.input.{agent}.*.*.{task_id}"),
             ]
-            events = await _all(broker, f"mesh.event.{agent}.{task_id}.*.*")
+            stored = await _all(broker, f"mesh.event.{agent}.{task_id}.*.*")
             claims = await _all(broker, subjects.claim(agent, task_id))
             steps = await _all(broker, f"mesh.step.{agent}.{task_id}.*")
         finally:
@@ -51,8 +51,8 @@ class StoredTask:
             key = one.subject.rpartition(".")[2]
             by_key[key] = (*by_key.get(key, ()), one)
         return cls(
-            tuple(sorted((*said, *events, *claims, *steps), key=lambda one: one.seq)),
-            tuple(RawEvent.of(one.data, one.headers, seq=one.seq) for one in events),
+            tuple(sorted((*said, *stored, *claims, *steps), key=lambda one: one.seq)),
+            tuple(event for one in stored for event in read_stored(one.data, one.headers, seq=one.seq)),
             tuple((one.seq, Claim.decode(one.data)) for one in claims),
             by_key,
         )

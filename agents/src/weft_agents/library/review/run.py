@@ -28,10 +28,9 @@ from weft_agents.library.review.question import Answerer
 from weft_agents.library.review.screen import Screen
 from weft_agents.library.review.summary import summary
 from weft_agents.library.review.survey import survey
-from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import Unavailable, UsageError, WeftError
-from weft_protocols.events import RawEvent
+from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.parts import TaskView
 from weft_protocols.records import Claim
 from weft_protocols.resources import DURABILITY as DURABILITIES
@@ -163,7 +162,6 @@ class _Demo:
             self.broker_pid = server.pid
             await _lay_out(server)
             env = {"WEFT_HOME": str(home), "WEFT_DURABILITY": DURABILITY, "WEFT_GRACE": str(DRAIN)}
-            env["WEFT_STREAM_BYTES"] = "-1"
             own = {**env, "WEFT_IDENTITY": "coordinator"}
             await self.processes.start("coordinator", ("-m", "weft_coordinator.service"), own)
             for agent, replicas in AGENTS.items():
@@ -207,8 +205,8 @@ class _Demo:
         ticker = Tasks("display of the demo")
         try:
             # What happens in all accounts, as only a member of the mesh sees it.
-            await watcher.subscribe("mesh.live.>", lambda message: self._see(_event_seen(message)))
-            await watcher.subscribe("mesh.claim.>", lambda message: self._see(_claim_seen(message)))
+            await watcher.subscribe("mesh.live.>", lambda message: self._see(*_events_seen(message)))
+            await watcher.subscribe("mesh.claim.>", lambda message: self._see(*_claim_seen(message)))
             await watcher.flush()
             ticker.start(self._draw())
             async with connect("local", home=server.home.root) as mesh:
@@ -246,19 +244,18 @@ class _Demo:
         finally:
             self._patience = None
 
-    def _see(self, seen: Seen | None) -> None:
-        if seen is None:
-            return
+    def _see(self, *happened: Seen) -> None:
         now = asyncio.get_running_loop().time()
-        if self._patience is not None and self.broken is None:
+        if happened and self._patience is not None and self.broken is None:
             self._patience.reschedule(now + PATIENCE)
-        if seen.tasks and not self.progress.total:
-            self.screen.line(f"The surveyor found {seen.text}")
-        for notice in self.progress.observe(seen, time.monotonic()):
-            self.screen.line(self.screen.look.paint(notice, "32"))
-        self._tell_milestones()
-        if not self.victim and seen.agent == "analyst" and seen.replica:
-            self._kill_one(seen)
+        for seen in happened:
+            if seen.tasks and not self.progress.total:
+                self.screen.line(f"The surveyor found {seen.text}")
+            for notice in self.progress.observe(seen, time.monotonic()):
+                self.screen.line(self.screen.look.paint(notice, "32"))
+            self._tell_milestones()
+            if not self.victim and seen.agent == "analyst" and seen.replica:
+                self._kill_one(seen)
 
     def _kill_one(self, seen: Seen) -> None:
         """Kill the replica that has just begun a task, once a third of the work is done."""
@@ -332,32 +329,34 @@ async def _lay_out(server: EmbeddedServer) -> None:
         await broker.close()
 
 
-def _claim_seen(message: Delivered) -> Seen | None:
-    """Who claims which task; None for what is no claim."""
+def _claim_seen(message: Delivered) -> list[Seen]:
+    """Who claims which task; nothing for what is no claim."""
     try:
         tokens, claim = subjects.parse(message.subject), Claim.decode(message.data)
     except WeftError:
-        return None
-    return Seen(tokens["agent"], tokens["task"], replica=claim.replica, attempt=claim.attempt, is_claim=True)
+        return []
+    return [Seen(tokens["agent"], tokens["task"], replica=claim.replica, attempt=claim.attempt, is_claim=True)]
 
 
-def _event_seen(message: Delivered) -> Seen | None:
-    """What an event of the live feed says; None for one that is no task's."""
+def _events_seen(message: Delivered) -> list[Seen]:
+    """What the events of a message of the live feed say; nothing for one that is no task's."""
     try:
         tokens = subjects.parse(message.subject)
     except WeftError:
-        return None
+        return []
     agent, task = tokens["agent"], tokens["task"]
-    raw = RawEvent.of(message.data, message.headers)
+    return [_event_seen(raw, agent, task) for raw in read_stored(message.data, message.headers)]
+
+
+def _event_seen(raw: RawEvent, agent: str, task: str) -> Seen:
     event = event_of(raw, raw.decode(), task_id=task, agent=agent)
-    values = h.parse(message.headers)
     metadata = event.metadata or {}
     return Seen(
         agent,
         task,
         state=raw.state,
-        replica=values.get(h.REPLICA.lower(), "") or str(metadata.get("replica", "")),
-        attempt=int(values.get(h.ATTEMPT.lower(), 0) or metadata.get("attempt", 0)),
+        replica=event.replica or str(metadata.get("replica", "")),
+        attempt=event.attempt or int(metadata.get("attempt", 0)),
         text=event.message.text if event.message is not None else "",
         files=int(metadata.get("files", 0)),
         tasks=int(metadata.get("tasks", 0)),

@@ -222,7 +222,6 @@ class Fleet:
             "WEFT_HOME": str(self._home.root),
             "WEFT_IDENTITY": identity,
             "WEFT_DURABILITY": self._config.broker.durability,
-            "WEFT_STREAM_BYTES": str(self._config.broker.max_bytes),
             **more,
         }
 
