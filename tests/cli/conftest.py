@@ -21,7 +21,7 @@ from weft.cli.supervisor.state import Record
 from weft.core.home import process_started
 
 T = TypeVar("T")
-OWN_PROCESS = ("up", "run", "coordinator", "demo")
+OWN_PROCESS = ("up", "run", "coordinator", "gateway", "demo")
 
 AGENT = '''
 """An agent for tests of the command line: what it does is in the message."""
@@ -98,7 +98,9 @@ class Project:
         return self.folder / ".weft"
 
     def write(self, config: str, **agents: str) -> None:
-        """Write mesh.yaml and the files of agents."""
+        """Write mesh.yaml and the files of agents; without a gateway, which takes long to start, unless it has one."""
+        if "gateway:" not in config:
+            config = f"{config.rstrip()}\ngateway: false\n"
         (self.folder / "agents").mkdir(parents=True, exist_ok=True)
         (self.folder / "mesh.yaml").write_text(config, encoding="utf-8")
         for name, source in agents.items():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from weft.cli.assess import DEGRADED, DOWN, OK, Check, assess, healthy, size
-from weft.cli.observe import AgentFacts, Facts, LaneFacts, ReplicaFacts, StreamFacts, unix_seconds
+from weft.cli.observe import AgentFacts, Facts, GatewayFacts, LaneFacts, ReplicaFacts, StreamFacts, unix_seconds
 
 LANE = LaneFacts(pending=0, active=0, redelivered=0, oldest=None)
 REPLICA = ReplicaFacts("r1", "1.0", "ready", active=0, slots=4, seen=1.0, progress=5.0, pid=11, host="here")
@@ -151,3 +151,24 @@ def test_times_are_milliseconds_or_rfc_3339(value: object, seconds: float | None
 )
 def test_sizes_are_short(count: float, shown: str) -> None:
     assert size(count) == shown
+
+
+GATEWAY = {"name": "gateway", "kind": "gateway", "agent": "", "pid": 4, "state": "ready", "reason": ""}
+AT = GatewayFacts("http://127.0.0.1:8080", "127.0.0.1:50051", "")
+
+
+def test_a_gateway_that_answers_is_shown_with_its_addresses() -> None:
+    check = found(replace(WELL, gateway=AT, processes=(GATEWAY, PROCESS)))["gateway"]
+    assert (check.status, check.detail) == (OK, "http://127.0.0.1:8080/agents, gRPC 127.0.0.1:50051")
+
+
+def test_a_gateway_that_does_not_answer_is_degraded() -> None:
+    check = found(replace(WELL, gateway=replace(AT, reason="no answer within 2 s")))["gateway"]
+    assert (check.status, check.next) == (DEGRADED, "mesh logs gateway")
+    assert "no answer within 2 s" in check.detail
+
+
+def test_a_failed_gateway_is_told_with_its_reason() -> None:
+    failed = {**GATEWAY, "state": "failed", "reason": "exit 2: the port is taken"}
+    check = found(replace(WELL, processes=(failed, PROCESS)))["gateway"]
+    assert (check.status, check.detail, check.next) == (DOWN, "exit 2: the port is taken", "mesh restart gateway")

@@ -14,14 +14,15 @@ from a2a.types import a2a_pb2 as pb
 
 import weft
 from weft.client import mesh as mesh_module
+from weft.client.operations import Operations
 from weft.core.broker import Broker, Delivered, Stored, Subscription, stored
 from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
-from weft.testing.agents import client
-from weft.testing.broker import BrokerMesh
+from weft.testing.agents import Process, client, coordinator_process, eventually, running
+from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
 from weft_protocols import a2a, events, ids, records, subjects
 from weft_protocols import headers as h
-from weft_protocols.errors import A2AError, TaskNotFound
+from weft_protocols.errors import A2AError, AgentNotFound, TaskNotFound
 from weft_protocols.events import RawEvent
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, State
@@ -260,8 +261,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 async def host(mesh: BrokerMesh, anyio_backend: str) -> AsyncIterator[Host]:
     """An agent of this module's own."""
-    from weft.testing.broker import unique_name
-
     agent = unique_name("hosted")
     await mesh.add_agent(agent)
     made = await Host(await mesh.connect(agent), agent).start()
@@ -302,3 +301,161 @@ def task_of(agent: str, message_id: str, *, caller: str = "local") -> str:
 
 
 Unique = Callable[[str], str]
+
+
+# A2A's operations, with real replicas and a real coordinator ------------------------------------------
+
+
+class Clerk:
+    """An agent that does what the message's text says, and whose doors the test opens."""
+
+    def __init__(self, name: str) -> None:
+        self.doors: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        """`door x` waits for `doors["x"]`."""
+        self.runs: list[str] = []
+        """Texts of the tasks begun."""
+        self.heard: list[str] = []
+        """Answers it got."""
+        self.requests: list[weft.Task] = []
+        self.agent = weft.Agent(name, concurrency=32)
+        self.agent.skill()(self.work)
+        self.agent.skill(answer="message")(self.say)
+
+    async def work(self, task: weft.Task) -> str | None:
+        self.runs.append(task.text)
+        self.requests.append(task)
+        verb, _, rest = task.text.partition(" ")
+        if verb == "door":
+            await task.update(f"at door {rest}")
+            await self.doors[rest].wait()
+            return f"through door {rest}"
+        if verb == "ask":
+            for question in rest.split(",") or ["?"]:
+                self.heard.append((await task.ask(question)).text)
+            await task.update(f"thanks for {self.heard[-1]}")
+            return " ".join(self.heard[-len(rest.split(",")) :])
+        if verb == "chunks":
+            for n in range(int(rest)):
+                await task.artifact(f"chunk {n}", str(n))
+            return None
+        if verb == "tell":
+            for n in range(int(rest)):
+                await task.update(f"word {n}")
+            return None
+        if verb == "reject":
+            raise weft.Reject(rest)
+        return task.text.upper()
+
+    async def say(self, task: weft.Task) -> str:
+        self.runs.append(task.text)
+        verb, _, rest = task.text.partition(" ")
+        if verb == "door":
+            await self.doors[rest].wait()
+        return f"said {task.text}"
+
+
+class Shelf:
+    """Agent cards, and what was asked for."""
+
+    def __init__(self) -> None:
+        self.cards: dict[str, pb.AgentCard] = {}
+
+    def put(self, agent: str, **fields: Any) -> pb.AgentCard:
+        """A card that declares streaming and nothing else, unless fields say otherwise."""
+        card = pb.AgentCard(name=agent, version="1.0.0", **fields)
+        if not card.HasField("capabilities"):
+            card.capabilities.streaming = True
+        self.cards[agent] = card
+        return card
+
+    async def card(self, agent: str) -> pb.AgentCard:
+        if agent not in self.cards:
+            raise AgentNotFound(f"there is no agent {agent}")
+        return self.cards[agent]
+
+
+@dataclass
+class Office:
+    """A mesh with one clerk, a coordinator, and a connection in account MESH that speaks for any caller."""
+
+    mesh: BrokerMesh
+    clerk: Clerk
+    broker: Broker
+    coordinator: Process
+    shelf: Shelf
+    callers: dict[str, Operations] = field(default_factory=dict)
+
+    @property
+    def agent(self) -> str:
+        return self.clerk.agent.name
+
+    async def operations(self, caller: str = "alice", cards: Shelf | None = None) -> Operations:
+        """The operations of a caller, always the same for the same name."""
+        made = self.callers.get(caller)
+        if made is None or cards is not None:
+            mesh = made.mesh if made is not None else await weft.Mesh(self.broker, caller=caller).start()
+            made = Operations(mesh, cards or self.shelf)
+            self.callers.setdefault(caller, made)
+        return made
+
+    async def another_process(self, caller: str = "alice") -> Operations:
+        """The same caller in another process: another origin, nothing known of what was sent."""
+        mesh = await weft.Mesh(self.broker, caller=caller).start()
+        self.callers[mesh.origin] = Operations(mesh, self.shelf)
+        return self.callers[mesh.origin]
+
+    async def aclose(self) -> None:
+        for made in self.callers.values():
+            await made.mesh.aclose()
+        await self.broker.close()
+
+
+@pytest.fixture(scope="module")
+async def office(anyio_backend: str) -> AsyncIterator[Office]:
+    """A mesh of this module's own with everything that A2A's operations need."""
+    clerk = Clerk("clerk")
+    async with (
+        await start_test_mesh(["clerk"]) as mesh,
+        coordinator_process(mesh) as process,
+        running(mesh, clerk.agent, replicas=2),
+    ):
+        shelf = Shelf()
+        shelf.put("clerk")
+        made = Office(mesh, clerk, await mesh.connect("gateway"), process, shelf)
+        yield made
+        for door in clerk.doors.values():
+            door.set()
+        await made.aclose()
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    """Cards of this test's own."""
+    return Shelf()
+
+
+@pytest.fixture
+async def alice(office: Office) -> AsyncIterator[Operations]:
+    """A caller's operations, who follows nothing any more when the test ends."""
+    made = await office.operations("alice")
+    yield made
+    await eventually(lambda: made.mesh.following == 0)
+
+
+@pytest.fixture
+async def bob(office: Office) -> Operations:
+    """Another caller's."""
+    return await office.operations("bob")
+
+
+def saying(text: str, **fields: Any) -> pb.SendMessageRequest:
+    """A request to send a text; keywords are fields of the message, or `configuration`."""
+    configuration = fields.pop("configuration", None)
+    message = pb.Message(message_id=fields.pop("message_id", unique_name("m")), role=pb.ROLE_USER, **fields)
+    message.parts.add(text=text)
+    return pb.SendMessageRequest(message=message, configuration=configuration)
+
+
+@pytest.fixture(name="saying")
+def _saying() -> Callable[..., pb.SendMessageRequest]:
+    return saying

@@ -13,6 +13,7 @@ import pytest
 import weft
 from weft.testing.agents import eventually, running
 from weft.testing.broker import BrokerMesh, start_test_mesh
+from weft.testing.stored import StoredTask
 from weft_coordinator.service.app import Coordinator
 from weft_protocols.errors import (
     A2AError,
@@ -184,15 +185,19 @@ async def test_a_question_is_answered_by_another_client(
 
 
 async def test_an_answer_sent_by_two_processes_counts_once(
-    caller: weft.Mesh, other_process: weft.Mesh, worker: Worker
+    real: BrokerMesh, caller: weft.Mesh, other_process: weft.Mesh, worker: Worker
 ) -> None:
+    async def both_are_stored() -> bool:
+        stored = await StoredTask.read(real, AGENT, handle.id)
+        return sum(one.subject.startswith("mesh.input.") for one in stored.messages) == 2
+
     async with await caller.submit(AGENT, "ask") as handle:
         await handle.result(10)
         sending = [
             asyncio.create_task(mesh.send(AGENT, "red", task_id=handle.id, message_id="m-answer", timeout=15))
             for mesh in (caller, other_process)
         ]
-        await eventually(lambda: worker.answers)
+        await eventually(both_are_stored)
         worker.gate.set()
         assert [(await one).text for one in sending] == ["a red one"] * 2
     assert worker.answers == ["red"]

@@ -15,11 +15,9 @@ from weft_protocols import events, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import (
     ContentTypeNotSupported,
-    ExtendedAgentCardNotConfigured,
     InvalidParams,
     MethodNotFound,
     ParseError,
-    PushNotificationNotSupported,
     TaskNotCancelable,
     TaskNotFound,
     Unreachable,
@@ -629,9 +627,7 @@ async def test_a_task_that_has_ended_cannot_be_cancelled(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("method", "error"),
     [
-        ("CreateTaskPushNotificationConfig", PushNotificationNotSupported),
-        ("ListTaskPushNotificationConfigs", PushNotificationNotSupported),
-        ("GetExtendedAgentCard", ExtendedAgentCardNotConfigured),
+        ("GetExtendedAgentCard", UnsupportedOperation),
         ("SendMessage", UnsupportedOperation),
         ("DropAllTasks", MethodNotFound),
     ],

@@ -183,7 +183,7 @@ def test_what_a_caller_is_shown_of_an_agent_names_no_process() -> None:
     record = admit(None, wanted(), presence, now=START)
     presence.heard("echo", "r1", beat(START + 1))
     public = registry.show(record, presence, now=START + 2, replicas=False)
-    assert set(public) == {"name", "version", "description", "skills", "state", "ready"}
+    assert set(public) == {"name", "version", "description", "skills", "card_digest", "state", "ready"}
     assert (public["state"], public["ready"]) == ("ready", 1)
     (replica,) = registry.show(record, presence, now=START + 2, replicas=True)["replicas"]
     assert (replica["pid"], replica["state"], replica["active"], replica["last_seen"]) == (7, "ready", 1, START + 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from weft_protocols import accounts, subjects
 from weft_protocols.accounts import Export, Import
-from weft_protocols.resources import BLOBS, STREAM
+from weft_protocols.resources import BLOBS, PUSH, PUSH_CONSUMER, STREAM
 from weft_protocols.subjects import GRAMMAR, Kind
 
 AGENTS = ("analyst", "analyst-2", "b")
@@ -136,6 +136,19 @@ def test_nobody_reaches_the_rest_of_jetstream(me: Account) -> None:
     assert not me.may_publish(f"{accounts.DIRECT_GET}.{BLOBS}")
     assert not me.may_publish(subject_of(GRAMMAR["live"], caller=me.name))
     assert not me.may_publish(subject_of(GRAMMAR["ctl"], agent=me.name))
+
+
+@given(ACCOUNT, ACCOUNT)
+def test_nobody_reaches_the_credentials_of_push_configs(me: Account, other: Account) -> None:
+    for kind in ("push", "pushed"):
+        subject = subject_of(GRAMMAR[kind], caller=other.name)
+        assert not me.may_publish(subject)
+        assert not me.may_hear(subject)
+        assert not me.may_publish(f"{accounts.DIRECT_GET}.{PUSH}.{subject}")
+    assert not me.may_publish(f"{accounts.NEXT}.{PUSH}.{PUSH_CONSUMER}")
+    assert not me.may_publish(f"{accounts.ACK}.{PUSH}.{PUSH_CONSUMER}.1.2.3.4.5")
+    exported = [export.subject for export in accounts.exports(AGENTS)]
+    assert not [subject for subject in exported if PUSH in subject or ".push" in subject]
 
 
 @given(ACCOUNT)

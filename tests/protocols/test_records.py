@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft_protocols.errors import ParseError
-from weft_protocols.records import Claim, Control, DeadLetter, StepRecord
+from weft_protocols.records import Claim, Control, DeadLetter, PushCursor, PushJob, StepRecord
 
-Record = Claim | StepRecord | DeadLetter | Control
-KINDS: list[type[Record]] = [Claim, StepRecord, DeadLetter, Control]
+Record = Claim | StepRecord | DeadLetter | Control | PushJob | PushCursor
+KINDS: list[type[Record]] = [Claim, StepRecord, DeadLetter, Control, PushJob, PushCursor]
 BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "str": st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     "int": st.integers(0, 2**63 - 1),
     "bytes": st.binary(max_size=40),
+    "bool": st.booleans(),
 }
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5) | st.binary(max_size=5),

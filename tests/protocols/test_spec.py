@@ -129,10 +129,15 @@ def test_the_table_of_jetstream_codes_is_ours() -> None:
 
 def test_the_streams_are_ours() -> None:
     table = {row[0]: row[1:] for row in rows(section("Appendix A: Streams and consumers"))[1:]}
-    tasks, blobs = (spec.config() for spec in resources.streams() if spec.name in (resources.STREAM, resources.BLOBS))
-    assert [code(cell) for cell in table["subjects"]] == [tasks["subjects"], blobs["subjects"]]
+    made = {spec.name: spec.config() for spec in resources.streams()}
+    tasks, blobs, push = (made[name] for name in (resources.STREAM, resources.BLOBS, resources.PUSH))
+    assert [code(cell) for cell in table["subjects"]] == [one["subjects"] for one in (tasks, blobs, push)]
     assert code(table["republish"][0]) == [tasks["republish"]["src"], tasks["republish"]["dest"]]
-    for config in (tasks, blobs):
+    kept = next(cells for name, cells in table.items() if "max_msgs_per_subject" in name)
+    assert [int(cell) for cell in kept] == [one["max_msgs_per_subject"] for one in (tasks, blobs, push)]
+    age = next(cells for name, cells in table.items() if "max_age" in name)
+    assert age[2] == f"{push['max_age'] // resources.SECOND // 86_400} days"
+    for config in (tasks, blobs, push):
         assert (config["retention"], config["storage"], config["discard"]) == ("limits", "file", "new")
         assert config["allow_direct"]
         assert config["deny_delete"]
@@ -146,6 +151,12 @@ def test_consumers_are_named_and_filtered_as_said() -> None:
     assert made == {"agent=work": "mesh.task.agent.>", "agent=input": "mesh.input.agent.>"}
     assert "`{agent}=work` on `mesh.task.{agent}.>`" in TEXT
     assert "`{agent}=input` on `mesh.input.{agent}.>`" in TEXT
+
+
+def test_the_consumer_of_push_deliveries_is_as_said() -> None:
+    made = resources.push_consumer()
+    said = f"The consumer `{made.name}` on `{made.filter_subject}` has an `ack_wait` of {made.ack_wait:.0f} s"
+    assert f"{said} and a `max_ack_pending` of {made.max_ack_pending:,}:" in TEXT
 
 
 SAMPLES = re.findall(r"<!-- vector: (\w+) \"([^\"]+)\" (\w+) -->\n```(?:json)?\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -57,6 +57,8 @@ def test_the_build_functions_keep_to_the_grammar(agent: str, caller: str, task: 
         "rpc": subjects.rpc(agent, other, caller),
         "coord": subjects.coord(other, caller),
         "blob": subjects.blob(caller, "0" * 64, 3),
+        "push": subjects.push(caller, agent, task, other),
+        "pushed": subjects.pushed(caller, agent, task, other),
     }
     assert {name: subjects.parse(subject).kind for name, subject in made.items()} == {n: n for n in made}
     assert made.keys() == GRAMMAR.keys() - {"live"}

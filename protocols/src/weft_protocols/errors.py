@@ -23,6 +23,7 @@
     │   └── TaskInterrupted         it waits for input or authorisation
     ├── DeadlineExceeded            the deadline of a task, step or call passed
     ├── Fail, Reject                raised by a handler: end the task as failed or rejected
+    ├── AgentNotFound               no agent of that name on this mesh
     └── Unavailable                 a part of the mesh needed for this is not running
 
 Whether trying again can help is the type: `retryable`. `exit_code` is what `mesh` ends with.
@@ -122,6 +123,12 @@ class DeadlineExceeded(WeftError):
     """The deadline of a task, a step or a call passed."""
 
     exit_code = 7
+
+
+class AgentNotFound(WeftError):
+    """No agent of that name is on this mesh. HTTP has 404 for it."""
+
+    exit_code = 5
 
 
 class Unavailable(WeftError):

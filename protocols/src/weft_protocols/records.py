@@ -111,6 +111,42 @@ class DeadLetter(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class PushJob(_Record):
+    """A push notification config as it is stored, which is the job of delivering to it."""
+
+    config: bytes
+    """`lf.a2a.v1.TaskPushNotificationConfig`, with its id and its task's id."""
+    series: str
+    """Names the deliveries of one config from its creation to its deletion, through every change of it."""
+    after: int = 0
+    """Number of the event after which delivery begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushCursor(_Record):
+    """How far the delivery to a push notification config has come."""
+
+    series: str
+    """Of the job; a cursor of another series is left over from a config that was deleted."""
+    n: int = 0
+    """Number of the last event that was delivered."""
+    at: int = 0
+    """Stream sequence of the message that holds it; 0 for none."""
+    ended: bool = False
+    """Whether it was the task's last."""
+    job: int = 0
+    """Stream sequence of the job that `failures` and `since` are about."""
+    failures: int = 0
+    """Attempts at the next event that failed."""
+    since: int = 0
+    """Unix milliseconds of the first of these."""
+    reason: str = ""
+    """What the last of them failed with."""
+    given_up: bool = False
+    """Whether no further attempt is made."""
+
+
+@dataclass(frozen=True, slots=True)
 class Control(_Record):
     """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave."""
 

@@ -12,6 +12,16 @@ STREAM: Final = "MESH"
 BLOBS: Final = "MESH_BLOBS"
 REGISTRY: Final = "MESH_REGISTRY"
 """Which agents exist, one message each on `mesh.registry.{agent}`; no account but MESH reaches it."""
+PUSH: Final = "MESH_PUSH"
+"""Push notification configs, each also the job of delivering to it, and how far each delivery has come."""
+PUSH_CONSUMER: Final = "push"
+"""The consumer through which gateways share those jobs."""
+PUSH_ACK_WAIT: Final = 20.0
+"""Seconds without a sign of life after which another gateway takes a delivery over."""
+PUSH_KEEP: Final = 30 * 86_400.0
+"""Seconds a push notification config is kept after it was last set."""
+PUSH_JOBS: Final = 1_000_000
+"""Deliveries under way, waiting for an event or for their next attempt. Each counts until its task has ended."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -140,6 +150,13 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
         ),
         StreamSpec(BLOBS, ("mesh.blob.>",), replicas=replicas, max_age=keep),
         StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
+        StreamSpec(
+            PUSH,
+            tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),
+            replicas=replicas,
+            max_age=PUSH_KEEP,
+            max_per_subject=1,
+        ),
     )
 
 
@@ -157,6 +174,18 @@ def consumers(agent: str, durability: Durability) -> tuple[ConsumerSpec, ...]:
     )
 
 
+def push_consumer() -> ConsumerSpec:
+    """The durable consumer of push deliveries: a delivered message is the lease of its config."""
+    return ConsumerSpec(
+        PUSH,
+        PUSH_CONSUMER,
+        subjects.GRAMMAR["push"].wildcard,
+        PUSH_ACK_WAIT,
+        max_ack_pending=PUSH_JOBS,
+        description="deliveries of push notifications",
+    )
+
+
 def topology(
     agents: tuple[str, ...], durability: str, *, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1
 ) -> Topology:
@@ -165,4 +194,4 @@ def topology(
     if profile is None:
         raise InvalidConfig(f"durability {durability!r} is unknown; use one of {', '.join(DURABILITY)}")
     made = tuple(spec for agent in agents for spec in consumers(subjects.check_name(agent), profile))
-    return Topology(streams(replicas=replicas, keep=keep, max_bytes=max_bytes), made, agents)
+    return Topology(streams(replicas=replicas, keep=keep, max_bytes=max_bytes), (*made, push_consumer()), agents)

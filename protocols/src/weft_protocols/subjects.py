@@ -68,6 +68,8 @@ GRAMMAR: Final[dict[str, Kind]] = {
         Kind("rpc", ("agent", "method", "caller"), "caller"),
         Kind("coord", ("operation", "caller"), "caller"),
         Kind("blob", ("writer", "sha256", "n"), "writer"),
+        Kind("push", ("caller", "agent", "task", "config"), None),
+        Kind("pushed", ("caller", "agent", "task", "config"), None),
     )
 }
 """All kinds of subjects by name."""
@@ -180,6 +182,16 @@ def blob(writer: str, sha256: str, n: int) -> str:
     return f"mesh.blob.{writer}.{sha256}.{n}"
 
 
+def push(caller: str, agent: str, task_id: str, config: str) -> str:
+    """Subject of a push notification config, which is also the job of delivering to it."""
+    return f"mesh.push.{caller}.{agent}.{task_id}.{config}"
+
+
+def pushed(caller: str, agent: str, task_id: str, config: str) -> str:
+    """Subject of how far the delivery to a push notification config has come."""
+    return f"mesh.pushed.{caller}.{agent}.{task_id}.{config}"
+
+
 def live(caller: str, origin: str) -> str:
     """Pattern of all live events for one origin of a caller."""
     return f"mesh.live.{caller}.{origin}.>"
@@ -196,7 +208,7 @@ def consumer(agent: str, lane: str) -> str:
 
 
 def step_token(key: str) -> str:
-    """Subject token for a step key: the key itself where it is a token, else a digest of it."""
+    """Subject token for a step key or a push config's id: the text itself where it is a token, else a digest of it."""
     if TOKEN.match(key) and not key.startswith("k-"):
         return key
     from hashlib import sha256

@@ -6,16 +6,29 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Final
 
+from weft_coordinator.decide import pinning
+from weft_coordinator.decide.pinning import Cards, Shown
 from weft_coordinator.decide.presence import Presence
-from weft_protocols import subjects
-from weft_protocols.errors import Conflict, FieldViolation, InvalidParams, ParseError, PermissionDenied
+from weft_protocols import cards, subjects
+from weft_protocols.errors import (
+    AgentNotFound,
+    Conflict,
+    FieldViolation,
+    InvalidConfig,
+    InvalidParams,
+    ParseError,
+    PermissionDenied,
+)
 
 MAX_TEXT: Final = 16_384
 """Characters of a description."""
 MAX_BODY: Final = 256 * 1024
-"""Bytes of a registration: cards are small, and every coordinator keeps them all."""
+"""Bytes of one card, and of the skills: cards are small, and every coordinator keeps them all."""
+MAX_SHOWN: Final = 512 * 1024
+"""Bytes of a card, its extended card and the skills together: a record with some older cards is one message."""
 _SKILL_TEXTS: Final = ("id", "name", "description")
 _SKILL_LISTS: Final = ("tags", "examples")
 
@@ -32,23 +45,42 @@ class Replica:
     slots: int
     registered: int
     """Unix milliseconds."""
+    card_digest: str = ""
+    """Of the card it came with, which need not be the agent's current one."""
 
 
 @dataclass(frozen=True, slots=True)
 class AgentRecord:
-    """What is stored of an agent: the card of its latest registration, and its replicas."""
+    """What is stored of an agent: its cards, and its replicas."""
 
     agent: str
-    version: str = ""
-    description: str = ""
-    skills: tuple[Mapping[str, Any], ...] = ()
+    cards: Cards = field(default_factory=Cards)
     replicas: Mapping[str, Replica] = field(default_factory=dict)
     revoked: bool = False
 
+    @property
+    def version(self) -> str:
+        """Version of the current card."""
+        return self.cards.shown.version
+
+    @property
+    def description(self) -> str:
+        """What the agent does."""
+        return self.cards.shown.description
+
+    @property
+    def skills(self) -> tuple[Mapping[str, Any], ...]:
+        """Its skills with their schemas."""
+        return self.cards.shown.skills
+
     def encode(self) -> bytes:
         """JSON, as it is stored."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["replicas"] = [dataclasses.asdict(replica) for replica in self.replicas.values()]
+        values = {
+            "agent": self.agent,
+            **self.cards.told(),
+            "replicas": [dataclasses.asdict(replica) for replica in self.replicas.values()],
+            "revoked": self.revoked,
+        }
         return json.dumps(values, separators=(",", ":")).encode()
 
     @staticmethod
@@ -60,9 +92,7 @@ class AgentRecord:
             replicas = [Replica(**{k: v for k, v in one.items() if k in names}) for one in raw["replicas"]]
             return AgentRecord(
                 raw["agent"],
-                raw["version"],
-                raw["description"],
-                tuple(raw["skills"]),
+                Cards.of(raw),
                 {replica.replica: replica for replica in replicas},
                 raw.get("revoked", False),
             )
@@ -75,8 +105,7 @@ class Registration:
     """A replica's checked request to be known."""
 
     agent: str
-    description: str
-    skills: tuple[Mapping[str, Any], ...]
+    shown: Shown
     replica: Replica
 
 
@@ -91,22 +120,19 @@ def registration(body: Mapping[str, Any], *, caller: str, now: int) -> Registrat
     agent = fields.text("agent")
     if not fields.wrong and (agent != caller or agent in subjects.RESERVED_NAMES):
         raise PermissionDenied(f"{caller} cannot register agent {agent!r}: an agent registers itself only")
-    made = Registration(
-        agent,
-        fields.text("description", limit=MAX_TEXT, default=""),
-        _skills(fields),
-        Replica(
-            fields.token("replica"),
-            fields.text("version"),
-            fields.text("code_digest", default=""),
-            fields.number("pid"),
-            fields.text("host", default=""),
-            fields.number("slots"),
-            now,
-        ),
+    shown = _shown(fields, agent)
+    replica = Replica(
+        fields.token("replica"),
+        shown.version,
+        fields.text("code_digest", default=""),
+        fields.number("pid"),
+        fields.text("host", default=""),
+        fields.number("slots"),
+        now,
+        shown.digest,
     )
     fields.check(f"registration of {caller}")
-    return made
+    return Registration(agent, shown, replica)
 
 
 def admit(
@@ -114,7 +140,8 @@ def admit(
 ) -> AgentRecord:
     """The agent's record with this replica in it, and without those that are gone.
 
-    Two processes under one name and version must run the same code; a new version may run beside an old one.
+    Two processes under one name and version must run the same code and have the same card; a new version may run
+    beside an old one. Which card the agent has then: `pinning.offer`.
 
     Args:
         record: What is stored.
@@ -124,16 +151,20 @@ def admit(
         now: Unix milliseconds.
 
     Raises:
-        Conflict: a live replica of the same version runs other code.
+        Conflict: a live replica of the same version runs other code, or has another card.
     """
     new = wanted.replica
     kept: dict[str, Replica] = {}
+    live: list[tuple[str, str]] = []
     for other in record.replicas.values() if record is not None else ():
         state = presence.state(wanted.agent, other.replica, registered=other.registered, now=now)
         if other.replica == new.replica or other.replica in ended or state == "gone":
             continue
         kept[other.replica] = other
-        if state in ("ready", "unknown") and other.version == new.version and other.code_digest != new.code_digest:
+        if state not in ("ready", "unknown"):
+            continue
+        live.append((other.version, other.card_digest))
+        if other.version == new.version and other.code_digest != new.code_digest:
             raise Conflict(
                 f"agent {wanted.agent} {new.version} is running with other code already: replica {other.replica} "
                 f"(pid {other.pid} on {other.host or 'an unknown host'}) has digest {other.code_digest[:12] or '-'}, "
@@ -141,7 +172,8 @@ def admit(
                 "first"
             )
     kept[new.replica] = new
-    return AgentRecord(wanted.agent, new.version, wanted.description, wanted.skills, kept)
+    before = record.cards if record is not None else Cards()
+    return AgentRecord(wanted.agent, pinning.offer(before, wanted.shown, agent=wanted.agent, live=live, now=now), kept)
 
 
 def leave(record: AgentRecord, replica: str) -> AgentRecord:
@@ -153,6 +185,16 @@ def leave(record: AgentRecord, replica: str) -> AgentRecord:
 def revoke(agent: str) -> AgentRecord:
     """The record of an agent that may not connect any more."""
     return AgentRecord(agent, revoked=True)
+
+
+def known(records: Mapping[str, AgentRecord], agent: str) -> AgentRecord:
+    """The record of an agent that has a card; AgentNotFound, with the nearest name, if there is none."""
+    record = records.get(agent)
+    if record is None or not record.cards.shown.digest:
+        near = get_close_matches(agent, records, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AgentNotFound(f"no agent {agent!r} ever registered in this mesh{hint}")
+    return record
 
 
 def show(record: AgentRecord, presence: Presence, *, now: int, replicas: bool) -> dict[str, Any]:
@@ -167,6 +209,7 @@ def show(record: AgentRecord, presence: Presence, *, now: int, replicas: bool) -
         "version": record.version,
         "description": record.description,
         "skills": list(record.skills),
+        "card_digest": record.cards.shown.digest,
         "state": next((state for state in ("ready", "unknown", "draining", "stale") if state in found), "offline"),
         "ready": sum(state == "ready" for state in states.values()),
     }
@@ -194,22 +237,33 @@ class Fields:
         """A text of at most `limit` characters; required unless it has a default."""
         value = self._body.get(name, default)
         if not isinstance(value, str) or len(value) > limit or (not value and default is None):
-            self._mistake(name, f"must be a text of 1 to {limit} characters")
+            self.mistake(name, f"must be a text of 1 to {limit} characters")
             return ""
+        return value
+
+    def object(self, name: str, *, limit: int) -> Mapping[str, Any] | None:
+        """A JSON object of at most `limit` bytes; None if there is none."""
+        value = self._body.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict) or (size := len(json.dumps(value))) > limit:
+            what = f"has {size} bytes; {limit} fit" if isinstance(value, dict) else "must be an object"
+            self.mistake(name, what)
+            return None
         return value
 
     def token(self, name: str) -> str:
         """A text that can stand in a subject."""
         value = self.text(name)
         if value and not subjects.TOKEN.match(value):
-            self._mistake(name, "must be 1 to 64 of A-Z a-z 0-9 _ -")
+            self.mistake(name, "must be 1 to 64 of A-Z a-z 0-9 _ -")
         return value
 
     def number(self, name: str, *, default: int | None = None) -> int:
         """A whole number from 0; required unless it has a default."""
         value = self._body.get(name, default)
         if type(value) is not int or not 0 <= value < 2**53:
-            self._mistake(name, "must be a whole number from 0")
+            self.mistake(name, "must be a whole number from 0")
             return 0
         return value
 
@@ -217,7 +271,7 @@ class Fields:
         """One of several texts."""
         value = self._body.get(name)
         if value not in choices:
-            self._mistake(name, f"must be one of {', '.join(choices)}")
+            self.mistake(name, f"must be one of {', '.join(choices)}")
             return choices[0]
         return str(value)
 
@@ -227,8 +281,59 @@ class Fields:
             text = "; ".join(f"{one.field} {one.description}" for one in self.wrong)
             raise InvalidParams(f"{what}: {text}", violations=tuple(self.wrong))
 
-    def _mistake(self, name: str, what: str) -> None:
+    def mistake(self, name: str, what: str) -> None:
+        """Note what is wrong with a field."""
         self.wrong.append(FieldViolation(name, what))
+
+
+def _shown(fields: Fields, agent: str) -> Shown:
+    """The card of a registration, made from its other fields where it has none, and what goes with it."""
+    version = fields.text("version")
+    description = fields.text("description", limit=MAX_TEXT, default="")
+    skills = _skills(fields)
+    given, extended = fields.object("card", limit=MAX_BODY), fields.object("extended_card", limit=MAX_BODY)
+    if fields.wrong:
+        return Shown(version)
+    try:
+        core = _core(given) if given is not None else _made(agent, version, description, skills)
+        if core.version != version:
+            raise InvalidConfig(f"it has version {core.version!r} and the registration {version!r}")
+        digest = cards.digest(core)
+        if fields.text("card_digest", default=digest) != digest:
+            raise InvalidConfig(f"its digest is {digest} and not the one named in card_digest")
+        if given is not None:
+            skills = _of_card(core, skills)
+        more = cards.card_json(_core(extended)) if extended is not None else None
+    except InvalidConfig as error:
+        fields.mistake("card", f"cannot be used: {error}")
+        return Shown(version)
+    shown = Shown(version, digest, description, skills, cards.card_json(core), more)
+    if (size := len(json.dumps(dataclasses.asdict(shown)))) > MAX_SHOWN:
+        fields.mistake("card", f"has {size} bytes with its extended card and skills; {MAX_SHOWN} fit")
+    return shown
+
+
+def _core(told: Mapping[str, Any]) -> cards.AgentCard:
+    card = cards.published(cards.parse_card(told), ())
+    cards.check_card(card)
+    return card
+
+
+def _made(agent: str, version: str, description: str, skills: tuple[Mapping[str, Any], ...]) -> cards.AgentCard:
+    return cards.core_card(agent, version=version, description=description, skills=skills)
+
+
+def _of_card(card: cards.AgentCard, skills: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+    """The skills a card shows, with the registered schemas."""
+    schemas = {skill["id"]: skill["schema"] for skill in skills}
+    return tuple(
+        {
+            **{name: getattr(skill, name) for name in _SKILL_TEXTS},
+            **{name: list(getattr(skill, name)) for name in _SKILL_LISTS},
+            "schema": schemas.get(skill.id, {}),
+        }
+        for skill in card.skills
+    )
 
 
 def _skills(fields: Fields) -> tuple[Mapping[str, Any], ...]:
@@ -237,7 +342,7 @@ def _skills(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     made: list[Mapping[str, Any]] = []
     for skill in raw if isinstance(raw, list) else [None]:
         if not isinstance(skill, dict) or not _skill_fits(skill):
-            fields._mistake("skills", "must be a list of {id, name, description, tags, schema}")
+            fields.mistake("skills", "must be a list of {id, name, description, tags, schema}")
             return ()
         made.append(
             {

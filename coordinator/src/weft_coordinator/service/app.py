@@ -13,9 +13,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
+from weft.core.cardkeys import card_key
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.service import micro
+from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations
 from weft_coordinator.service.reads import Reads, Request
@@ -57,18 +60,20 @@ class Coordinator:
         self._reader = StreamReader(broker)
         self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
         self._store = RegistryStore(broker, self._reader)
+        cards = CardService(self._store, card_key(broker.settings))
         tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks)
+        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
             reader=tasks,
-            store=self._store,
+            cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
+        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
         self._requests = Tasks(f"requests of coordinator {self.id}")
         self._subscriptions: list[Subscription] = []
@@ -99,6 +104,8 @@ class Coordinator:
         await self._subscribe(coord.wildcard, self._on_operation, OPERATIONS_QUEUE)
         for operation in EVERYWHERE:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
+        for subject in micro.SUBJECTS:
+            await self._subscribe(subject, self._on_micro, micro.QUEUE)
         await self._broker.flush()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -203,6 +210,9 @@ class Coordinator:
     def _on_read(self, message: Delivered) -> None:
         if message.reply:
             self._requests.start(self._read(message), name=message.subject)
+
+    def _on_micro(self, message: Delivered) -> None:
+        self._requests.start(self._micro.answer(message), name=message.subject)
 
     def _on_operation(self, message: Delivered) -> None:
         if message.subject.split(".")[2] not in EVERYWHERE:

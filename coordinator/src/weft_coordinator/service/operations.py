@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from weft.core.home import process_started
-from weft_coordinator.decide import registry
+from weft_coordinator.decide import pinning, registry
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.presence import Heartbeat, Presence
 from weft_coordinator.decide.registry import AgentRecord, Fields
+from weft_coordinator.service.cards import CardService
 from weft_coordinator.shell.mesh import LocalMesh
-from weft_coordinator.shell.registry import RegistryStore
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
-from weft_protocols import subjects
+from weft_protocols import cards, subjects
 from weft_protocols.errors import InvalidParams, MethodNotFound, ParseError, PermissionDenied
 from weft_protocols.states import State
 
@@ -30,6 +30,7 @@ class Operations:
     """Registry, presence, accounts, status.
 
     Args:
+        cards: Publishes agents' cards out of the registry.
         local: The mesh's home directory, if it is here.
         ensure: Makes the streams, and the consumers of the agents named, exist.
         facts: What `status` tells of the process itself.
@@ -42,7 +43,7 @@ class Operations:
         index: TaskIndex,
         tail: Tail,
         reader: TaskReader,
-        store: RegistryStore,
+        cards: CardService,
         local: LocalMesh,
         ensure: Callable[[tuple[str, ...]], Awaitable[object]],
         facts: Callable[[], dict[str, Any]],
@@ -51,7 +52,8 @@ class Operations:
         self._index = index
         self._tail = tail
         self._reader = reader
-        self._store = store
+        self._store = cards.store
+        self._cards = cards
         self._local = local
         self._ensure = ensure
         self._facts = facts
@@ -62,6 +64,8 @@ class Operations:
             "heartbeat": self._heartbeat,
             "leave": self._leave,
             "agents": self._agents,
+            "card": self._card,
+            "pin": self._pin,
             "status": self._status,
             "dead-letters": self._dead_letters,
             "agent-add": self._agent_add,
@@ -82,16 +86,21 @@ class Operations:
         declared = self._local.agents()
         if declared and wanted.agent not in declared:
             raise PermissionDenied(f"{wanted.agent} is not an agent of this mesh but a caller")
-        if len(data := registry.AgentRecord(wanted.agent, skills=wanted.skills).encode()) > registry.MAX_BODY:
+        if len(data := json.dumps(wanted.shown.skills)) > registry.MAX_BODY:
             raise InvalidParams(f"the skills of {wanted.agent} have {len(data)} bytes; {registry.MAX_BODY} fit")
 
         def decide(record: AgentRecord | None) -> AgentRecord:
             return registry.admit(record, wanted, presence=self.presence, ended=_ended(record), now=self._clock())
 
-        await self._store.change(wanted.agent, decide)
+        record = await self._store.change(wanted.agent, decide)
         self.presence.forget(wanted.agent, wanted.replica.replica)
         await self._ensure((wanted.agent,))
-        return {"agent": wanted.agent, "replica": wanted.replica.replica}
+        current = record.cards.shown if record is not None else wanted.shown
+        return {
+            "agent": wanted.agent,
+            "replica": wanted.replica.replica,
+            "card": {"current": current.digest == wanted.shown.digest, "version": current.version},
+        }
 
     async def _heartbeat(self, body: Body, caller: str) -> dict[str, Any]:
         """A sign of life; `known` is false for a replica that must register (again)."""
@@ -134,10 +143,48 @@ class Operations:
     # Views -------------------------------------------------------------------------------------
 
     async def _agents(self, body: Body, caller: str) -> dict[str, Any]:
+        """All agents, or those that match the patterns `name`, `skill` and `tag`."""
+        fields = Fields(body)
+        name, skill, tag = (fields.text(one, default="") for one in ("name", "skill", "tag"))
+        fields.check("agents")
         await self._store.sync()
         replicas, now = caller == subjects.OPERATOR, self._clock()
         records = sorted(self._store.records.values(), key=lambda record: record.agent)
-        return {"agents": [registry.show(one, self.presence, now=now, replicas=replicas) for one in records]}
+        return {
+            "agents": [
+                registry.show(one, self.presence, now=now, replicas=replicas)
+                for one in records
+                if cards.matches(one.agent, one.skills, name=name, skill=skill, tag=tag)
+            ]
+        }
+
+    async def _card(self, body: Body, caller: str) -> dict[str, Any]:
+        """The current card of an agent; for the operator with the cards it had before."""
+        fields = Fields(body)
+        agent = fields.text("agent")
+        fields.check("card")
+        told = await self._cards.current(agent)
+        if caller == subjects.OPERATOR:
+            told["history"] = self._store.records[agent].cards.history()
+        return told
+
+    async def _pin(self, body: Body, caller: str) -> dict[str, Any]:
+        """Make an earlier card of an agent the current one."""
+        _operator_only(caller, "pin")
+        fields = Fields(body)
+        agent, what = fields.text("agent"), fields.text("card")
+        fields.check("pin")
+
+        def decide(record: AgentRecord | None) -> AgentRecord | None:
+            if record is None:
+                return None
+            return replace(record, cards=pinning.pin(record.cards, what, agent=agent))
+
+        await self._store.sync()
+        registry.known(self._store.records, agent)
+        await self._store.change(agent, decide)
+        shown = registry.known(self._store.records, agent).cards.shown
+        return {"agent": agent, "version": shown.version, "digest": shown.digest}
 
     async def _status(self, body: Body, caller: str) -> dict[str, Any]:
         _operator_only(caller, "status")
@@ -149,7 +196,7 @@ class Operations:
             "tasks": {"total": len(self._index), "states": states, "skipped": self._index.skipped},
             "read": asdict(self._index.watermark),
             "dead_letters": len(self._index.dead),
-            "agents": (await self._agents(body, caller))["agents"],
+            "agents": (await self._agents({}, caller))["agents"],
         }
 
     async def _dead_letters(self, body: Body, caller: str) -> dict[str, Any]:

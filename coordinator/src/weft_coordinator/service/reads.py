@@ -5,27 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from a2a.types import a2a_pb2 as pb
+from google.protobuf.message import Message as ProtoMessage
 
 from weft.core.broker import Broker
 from weft_coordinator.decide import listing
 from weft_coordinator.decide import task as tasks
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.listing import Listed, Query, Selection
+from weft_coordinator.service import push
+from weft_coordinator.service.cards import CardService
 from weft_coordinator.shell.fit import fit
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a, events, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import (
-    ExtendedAgentCardNotConfigured,
     FieldViolation,
     InternalError,
     InvalidParams,
     MethodNotFound,
-    PushNotificationNotSupported,
     TaskNotCancelable,
     TaskNotFound,
     TooLarge,
@@ -44,14 +46,6 @@ AGENTS: Final = "Weft-Agents"
 """Header of a list: the agent of each task, in order, separated by commas."""
 CATCH_UP: Final = 3
 """Times a list reads on for a token of another replica that had read further."""
-PUSH: Final = frozenset(
-    {
-        "CreateTaskPushNotificationConfig",
-        "GetTaskPushNotificationConfig",
-        "ListTaskPushNotificationConfigs",
-        "DeleteTaskPushNotificationConfig",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +85,19 @@ class Answer:
 class Reads:
     """Answers reads out of the stream, each only to the caller the task belongs to."""
 
-    def __init__(self, broker: Broker, index: TaskIndex, tail: Tail, reader: TaskReader) -> None:
+    def __init__(self, broker: Broker, index: TaskIndex, tail: Tail, reader: TaskReader, *, cards: CardService) -> None:
         self._broker = broker
         self._index = index
         self._tail = tail
         self._reader = reader
+        self._cards = cards
+        self._push = push.PushConfigs(broker)
         self._methods: dict[str, Callable[[Request], Awaitable[Answer]]] = {
             "GetTask": self._get,
             "ListTasks": self._list,
             "SubscribeToTask": self._subscribe,
             "CancelTask": self._cancel,
+            "GetExtendedAgentCard": self._extended_card,
         }
 
     async def answer(self, request: Request) -> Answer:
@@ -109,10 +106,8 @@ class Reads:
         method = self._methods.get(request.method)
         if method is not None:
             return await method(request)
-        if request.method in PUSH:
-            raise PushNotificationNotSupported("this mesh does not push; follow a task with SubscribeToTask")
-        if request.method == "GetExtendedAgentCard":
-            raise ExtendedAgentCardNotConfigured(f"agent {request.agent} has no extended card")
+        if request.method in push.METHODS:
+            return _encoded(request, await self._push.answer(request, partial(self._entry, request)), {})
         if request.method in ("SendMessage", "SendStreamingMessage"):
             raise UnsupportedOperation(
                 f"{request.method} is a durable message on {subjects.GRAMMAR['task'].wildcard}, not a request"
@@ -245,8 +240,14 @@ class Reads:
         await self._broker.publish(subject, asked.SerializeToString(), headers=block)
         return await self._task(request, entry)
 
+    # GetExtendedAgentCard ----------------------------------------------------------------------
 
-def _encoded(request: Request, message: pb.Task | pb.ListTasksResponse, headers: dict[str, str]) -> Answer:
+    async def _extended_card(self, request: Request) -> Answer:
+        a2a.decode(pb.GetExtendedAgentCardRequest, request.data, request.content_type)
+        return _encoded(request, await self._cards.extended(request.agent), {})
+
+
+def _encoded(request: Request, message: ProtoMessage, headers: dict[str, str]) -> Answer:
     content_type = request.answer_type
     if content_type != h.PROTOBUF:
         headers[h.CONTENT_TYPE] = content_type

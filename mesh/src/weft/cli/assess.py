@@ -40,11 +40,12 @@ class Check:
 
 
 def assess(facts: Facts) -> list[Check]:
-    """Every part of the mesh, in the order broker, streams, coordinator, agents."""
+    """Every part of the mesh, in the order broker, streams, coordinator, gateway, agents."""
     return [
         _broker(facts),
         *_streams(facts),
         _coordinator(facts),
+        *_gateway(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
         *_other_processes(facts),
     ]
@@ -85,6 +86,21 @@ def _coordinator(facts: Facts) -> Check:
     state = f" (its process is {row['state']}{reason})" if row is not None else ""
     after = "mesh restart coordinator" if row is not None else "mesh ps"
     return Check("coordinator", DOWN, f"{facts.silence}{state}; tasks run on, locks and lists wait", after)
+
+
+def _gateway(facts: Facts) -> Iterator[Check]:
+    """The gateway, where one runs here or should."""
+    row = next((row for row in facts.processes or () if row["kind"] == "gateway"), None)
+    if row is not None and row["state"] != "ready":
+        failed = row["state"] == "failed"
+        after = "mesh restart gateway" if failed else "mesh logs gateway"
+        yield Check("gateway", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
+    elif facts.gateway is not None:
+        detail = f"{facts.gateway.http}/agents, gRPC {facts.gateway.grpc}"
+        if facts.gateway.reason:
+            yield Check("gateway", DEGRADED, f"{detail}; {facts.gateway.reason}", "mesh logs gateway")
+        else:
+            yield Check("gateway", OK, detail)
 
 
 def _agent(facts: Facts, name: str) -> Iterator[Check]:
@@ -179,7 +195,7 @@ def _alive(replica: ReplicaFacts) -> bool:
 
 def _other_processes(facts: Facts) -> Iterator[Check]:
     for row in facts.processes or ():
-        if row["kind"] not in ("coordinator", "agent") and row["state"] != "ready":
+        if row["kind"] not in ("coordinator", "gateway", "agent") and row["state"] != "ready":
             status = DOWN if row["state"] in ("down", "failed") else DEGRADED
             yield Check(f"process {row['name']}", status, row["reason"] or row["state"], f"mesh logs {row['name']}")
 

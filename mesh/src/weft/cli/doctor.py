@@ -19,7 +19,7 @@ COLUMNS: Final = (
 @click.command()
 @output_option
 def command(output: str) -> int:
-    """Check Python, packages, the broker's binary, ports, key files, stale state, clock, disk and topology.
+    """Check Python, packages, the broker's binary, ports, gateway, key files, stale state, clock, disk, topology.
 
     Nothing is changed. Exit code 3 when a check failed; warnings do not count.
     """

@@ -18,7 +18,8 @@ from weft.cli.assess import size
 from weft.cli.project import find_config, home_for
 from weft.cli.supervisor.state import Record
 from weft.core.config import MeshConfig, find_home, load_mesh_config, load_settings
-from weft.core.home import Accounts, BrokerRecord, Home
+from weft.core.gatewayconf import INSTALL, GatewayConfig, missing_modules
+from weft.core.home import Accounts, BrokerRecord, GatewayRecord, Home
 from weft_protocols.errors import ApiError, BrokerError, InvalidConfig, Unavailable, WeftError
 from weft_protocols.resources import STREAM, Topology, topology
 
@@ -64,7 +65,7 @@ async def examine() -> list[Finding]:
     home = _home(config)
     if home is None:
         return [*findings, Finding("mesh", SKIPPED, "no mesh was started here yet", "mesh up")]
-    findings += [*_permissions(home), *_stale(home), _port(config, home), _disk(home)]
+    findings += [*_permissions(home), *_stale(home), _port(config, home), _gateway(config, home), _disk(home)]
     return [*findings, *[finding async for finding in _broker(config, home)]]
 
 
@@ -177,7 +178,7 @@ def _home(config: MeshConfig | None) -> Path | None:
 def _permissions(home: Path) -> Iterator[Finding]:
     """Directories and files with secrets in them belong to this user and are closed to others."""
     paths = Home(home)
-    secrets = [*sorted(paths.keys.glob("*.nk")), paths.broker / "nats.conf"]
+    secrets = [*sorted(paths.keys.glob("*.nk")), *sorted(paths.keys.glob("*.pem")), paths.broker / "nats.conf"]
     open_ones = [path for path in (home, paths.keys) if path.exists() and _mode(path) & 0o077]
     open_ones += [path for path in secrets if path.exists() and _mode(path) & 0o077]
     if open_ones:
@@ -217,6 +218,25 @@ def _port(config: MeshConfig | None, home: Path) -> Finding:
     if wanted and not port_is_free(wanted):
         return Finding("port", FAILED, f"{wanted} is taken by another program", "set broker.port in mesh.yaml to 0")
     return Finding("port", OK, f"{wanted} is free" if wanted else "a free one is taken at the start")
+
+
+def _gateway(config: MeshConfig | None, home: Path) -> Finding:
+    from weft.core.serverproc import port_is_free
+
+    wanted = config.gateway if config is not None else GatewayConfig()
+    if not wanted.enabled:
+        return Finding("gateway", SKIPPED, "switched off in mesh.yaml")
+    if missing := missing_modules():
+        return Finding("gateway", WARNING, f"no HTTP and gRPC: {', '.join(missing)} not installed", INSTALL)
+    record = GatewayRecord.read(Home(home))
+    if record is not None and record.alive:
+        return Finding("gateway", OK, f"{record.http}/agents, gRPC {record.grpc}")
+    ports = {"port": wanted.port, "grpc_port": wanted.grpc_port}
+    taken = [field for field, port in ports.items() if port and not port_is_free(port)]
+    if taken:
+        shown = ", ".join(f"{field} {ports[field]}" for field in taken)
+        return Finding("gateway", FAILED, f"{shown}: taken by another program", "change gateway in mesh.yaml")
+    return Finding("gateway", OK, "can be started")
 
 
 def _disk(home: Path) -> Finding:
@@ -276,13 +296,15 @@ async def _drift(broker: Broker, config: MeshConfig | None, home: Path) -> Findi
     limit = config.broker.max_bytes if config is not None else -1
     wanted = topology(tuple(Accounts.read(Home(home)).agents), durability, max_bytes=limit)
     streams = await _names(broker, "STREAM.NAMES", "streams")
-    consumers = await _names(broker, f"CONSUMER.NAMES.{STREAM}", "consumers") if STREAM in streams else set()
+    consumers = set[tuple[str, str]]()
+    for stream in {consumer.stream for consumer in wanted.consumers} & streams:
+        consumers |= {(stream, name) for name in await _names(broker, f"CONSUMER.NAMES.{stream}", "consumers")}
     there = Topology(
         tuple(stream for stream in wanted.streams if stream.name in streams),
-        tuple(consumer for consumer in wanted.consumers if consumer.name in consumers),
+        tuple(one for one in wanted.consumers if (one.stream, one.name) in consumers),
     )
     missing = [f"stream {stream.name}" for stream in wanted.streams if stream.name not in streams]
-    missing += [f"consumer {consumer.name}" for consumer in wanted.consumers if consumer.name not in consumers]
+    missing += [f"consumer {one.name}" for one in wanted.consumers if (one.stream, one.name) not in consumers]
     report = await reconcile(broker, there)
     if missing:
         return Finding("topology", FAILED, f"missing: {', '.join(missing)}", "mesh restart broker")

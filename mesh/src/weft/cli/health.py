@@ -30,7 +30,7 @@ COLUMNS: Final = (Column("component"), Column("status", state=True), Column("det
 )
 @output_option
 def command(watch: bool, interval: float, output: str) -> int:
-    """Check the broker, its streams and consumers, the coordinator and every replica.
+    """Check the broker, its streams and consumers, the coordinator, the gateway and every replica.
 
     Exit code 3 when something is degraded or down; what it is, and the command to run next, is named.
     """
@@ -73,6 +73,7 @@ def _record(facts: Facts | None, checks: list[Check]) -> dict[str, Any]:
     if facts is not None:
         record["broker"] = {"url": facts.url, "latency": facts.latency, "clock_skew": facts.clock}
         record["streams"] = [asdict(stream) for stream in facts.streams.values() if stream is not None]
+        record["gateway"] = asdict(facts.gateway) if facts.gateway is not None else None
         record["coordinator"] = {"up": facts.agents is not None, "reason": facts.silence}
         record["agents"] = [agent_record(facts, name) for name in facts.names]
     return record

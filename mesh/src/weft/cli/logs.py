@@ -103,7 +103,7 @@ class Source:
     help="Form of the output.",
 )  # fmt: skip
 def command(names: tuple[str, ...], follow: bool, lines: int, output: str) -> None:
-    """Print the logs of NAME...: agents, replicas such as hello.2, coordinator, broker, supervisor.
+    """Print the logs of NAME...: agents, replicas such as hello.2, coordinator, gateway, broker, supervisor.
 
     Without NAME all of them but the broker's. The files are .weft/logs/NAME.log.
     """

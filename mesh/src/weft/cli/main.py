@@ -30,7 +30,8 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Work": {
         "send": ("weft.cli.send", "Send a task to an agent and print its result."),
         "tasks": ("weft.cli.tasks", "List, show, watch and cancel tasks."),
-        "agents": ("weft.cli.agents", "List the agents, their skills and replicas."),
+        "agents": ("weft.cli.agents", "List the agents, their skills and replicas; pin a card."),
+        "card": ("weft.cli.card", "Check and print the card of an agent."),
     },
     "Operate": {
         "ps": ("weft.cli.ps", "List the processes of the mesh."),
@@ -43,6 +44,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Run one part in the foreground": {
         "run": ("weft.cli.run", "Run a replica of an agent."),
         "coordinator": ("weft.cli.coordinator", "Run a coordinator."),
+        "gateway": ("weft.cli.gateway", "Run a gateway: every agent over HTTP and gRPC."),
     },
 }
 """Every command by section: the module whose `command` it is, and its line in the help."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from weft.core.home import GatewayRecord, Home
 from weft_protocols import subjects
 from weft_protocols.errors import ApiError, BrokerError, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import BLOBS, STREAM
@@ -79,6 +81,17 @@ class AgentFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayFacts:
+    """The gateway that `gateway.json` names."""
+
+    http: str
+    """Base address of HTTP."""
+    grpc: str
+    reason: str
+    """Why it is not ready; empty if it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """A mesh at one moment."""
 
@@ -97,6 +110,8 @@ class Facts:
     """Why the coordinator does not answer."""
     processes: tuple[Mapping[str, Any], ...] | None
     """Rows of `mesh ps`; None where no supervisor runs on this machine."""
+    gateway: GatewayFacts | None = None
+    """None where none runs on this machine."""
 
     @property
     def names(self) -> list[str]:
@@ -136,6 +151,7 @@ async def gather() -> Facts:
             agents=agents,
             silence=silence,
             processes=None if settings.home is None or elsewhere else processes_of(settings.home),
+            gateway=None if settings.home is None or elsewhere else await asyncio.to_thread(gateway_of, settings.home),
         )
     finally:
         await broker.close()
@@ -151,6 +167,30 @@ def processes_of(home: Path) -> tuple[Mapping[str, Any], ...] | None:
         return None
     except WeftError as error:
         return ({"name": "supervisor", "kind": "supervisor", "agent": "", "state": "down", "reason": str(error)},)
+
+
+def gateway_of(home: Path) -> GatewayFacts | None:
+    """How the gateway of this machine says it is; blocks for `ANSWER` seconds at most."""
+    import http.client
+    from urllib.parse import urlsplit
+
+    record = GatewayRecord.read(Home(home))
+    if record is None or not record.alive:
+        return None
+    address = urlsplit(record.http)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=ANSWER)
+    try:
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        said = json.loads(answer.read(65_536))
+        reason = "" if answer.status == 200 else str(said.get("reason") or f"it answers {answer.status}")
+    except TimeoutError:
+        reason = f"no answer within {ANSWER:g} s"
+    except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+        reason = f"it does not answer: {error}"
+    finally:
+        connection.close()
+    return GatewayFacts(record.http, record.grpc, reason)
 
 
 async def _stream(broker: Broker, name: str) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ SILENCE = 180.0
 @click.command()
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
-    """Restart NAME: an agent, one replica such as hello.2, the coordinator or the broker.
+    """Restart NAME: an agent, one replica such as hello.2, the gateway, the coordinator or the broker.
 
     mesh.yaml is read again. An agent's replicas are replaced one after the other: the new one has to be ready
     before the old one is drained. Without NAME everything but the broker is restarted; agents that are new in

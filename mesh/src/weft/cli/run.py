@@ -11,7 +11,9 @@ import click
 @click.command()
 @click.argument("target", metavar="FILE[:NAME]")
 @click.option("--identity", help="Account to run under; by default the one of the agent's name.")
-def command(target: str, identity: str | None) -> int:
+@click.option("--card", metavar="CARD", help="Agent card (JSON or YAML): NAME is then an executor of the A2A SDK.")
+@click.option("--name", help="With --card: name of the agent; by default the card's.")
+def command(target: str, identity: str | None, card: str | None, name: str | None) -> int:
     """Run a replica of the agent NAME in FILE (path/to/agent.py or package.module) until Ctrl-C.
 
     An agent that the mesh of this folder does not know yet gets an account and starts to serve at once; to keep
@@ -20,7 +22,7 @@ def command(target: str, identity: str | None) -> int:
     import asyncio
     import logging
 
-    from weft.host.loading import load_agent
+    from weft.host.loading import load_agent, load_executor
     from weft.host.process import leave, run_loop, serve
 
     logging.basicConfig(
@@ -28,7 +30,9 @@ def command(target: str, identity: str | None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    agent = load_agent(target)
+    if name is not None and card is None:
+        raise click.UsageError("--name is for executors: it goes with --card")
+    agent = load_agent(target) if card is None else load_executor(target, card, name)
     if identity is not None:
         os.environ["WEFT_IDENTITY"] = identity
     elif not os.environ.get("WEFT_SEED_FILE"):

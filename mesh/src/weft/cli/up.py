@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def command(
     detach: bool, port: int | None, durability: str | None, timeout: float, notify_fd: int | None
 ) -> int | None:
-    """Start the broker, the coordinator and the agents of mesh.yaml, and keep them running.
+    """Start the broker, the coordinator, the gateway and the agents of mesh.yaml, and keep them running.
 
     In the foreground it shows what they write, and Ctrl-C drains the agents and stops everything.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from a2a.types import a2a_pb2 as pb
 from google.protobuf.message import DecodeError
@@ -18,6 +18,10 @@ log = logging.getLogger("weft.client")
 
 FORM = "weft.blob"
 """Part metadata that says what a blob's bytes are: text, data or raw."""
+SMALLER: Final = (blobs.LIMIT // 8, blobs.LIMIT // 64)
+"""Bytes above which parts become blobs, one after the other, while a message of many parts is too large."""
+HEADROOM: Final = 16 * 1024
+"""Bytes of a message to the broker left to headers and to what a request has besides its message."""
 
 
 def to_message(
@@ -43,18 +47,20 @@ def to_message(
 
 
 async def shrink_message(broker: Broker, message: pb.Message) -> None:
-    """Replace the message's large parts by references to blobs."""
-    if message.ByteSize() > blobs.LIMIT:
-        parts = await shrink(broker, message.parts)
+    """Replace the message's large parts by references to blobs, and smaller ones where it is too large otherwise."""
+    for limit in (blobs.LIMIT, *SMALLER):
+        if message.ByteSize() <= (blobs.LIMIT if limit == blobs.LIMIT else broker.max_payload - HEADROOM):
+            return  # the way of nearly every message
+        parts = await shrink(broker, message.parts, limit=limit)
         del message.parts[:]
         message.parts.extend(parts)
 
 
-async def shrink(broker: Broker, parts: Iterable[pb.Part]) -> list[pb.Part]:
-    """The parts, those over the limit replaced by references to blobs."""
+async def shrink(broker: Broker, parts: Iterable[pb.Part], *, limit: int = blobs.LIMIT) -> list[pb.Part]:
+    """The parts, those over the limit (in bytes) replaced by references to blobs."""
     made = []
     for part in parts:
-        if part.ByteSize() <= blobs.LIMIT:  # the way of nearly every part
+        if part.ByteSize() <= limit:  # the way of nearly every part
             made.append(part)
             continue
         form = part.WhichOneof("content") or "raw"

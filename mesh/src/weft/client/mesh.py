@@ -9,13 +9,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content, reads
+from weft.client.handle import Handle, Watched
 from weft.client.watch import STOPS, Event, TaskWatch, event_of, refuses
 from weft.core.broker import Broker, Subscription
 from weft.core.supervise import Tasks
@@ -34,7 +34,7 @@ from weft_protocols.errors import (
 from weft_protocols.events import RawEvent, read_stored
 from weft_protocols.parts import TaskView
 from weft_protocols.resources import STREAM
-from weft_protocols.states import State
+from weft_protocols.states import END_LABELS, State
 
 RESYNC: Final = (0.5, 1.0, 3.0, 10.0, 30.0)
 """Seconds of silence after which a waiting task's last event is read, again and again."""
@@ -42,127 +42,6 @@ TICK: Final = 0.25
 """Seconds between looks for silent tasks."""
 GRACE: Final = 5.0
 """Seconds a caller waits beyond a task's deadline, for the host's own word on it."""
-
-
-@dataclass(slots=True)
-class _Watched:
-    key: str
-    watch: TaskWatch
-    users: int = 0
-    silent_checks: int = 0
-    checking: bool = False
-    context: str = ""
-    anywhere: bool = False
-    """Whether its events may go to another origin."""
-    elsewhere: Subscription | None = None
-    """Subscription for those."""
-
-    def keep(self, subscription: Subscription) -> bool:
-        """Take a subscription for them, unless somebody was quicker or nobody follows the task any more."""
-        if self.elsewhere is not None or self.users <= 0:
-            return False
-        self.elsewhere = subscription
-        return True
-
-
-class Handle:
-    """A task that was accepted. Await its result, read its events, answer it or cancel it."""
-
-    def __init__(
-        self, mesh: Mesh, watched: _Watched, *, context_id: str, message_id: str = "", since: int = 0, sent: int = 0
-    ) -> None:
-        self._mesh = mesh
-        self._watched = watched
-        self._message_id = message_id
-        self._since = since
-        self.sent = sent
-        """Stream sequence of the follow-up this handle was made by, 0 for the creating message."""
-        self.agent = watched.watch.agent
-        self.id = watched.watch.task_id
-        self.context_id = context_id
-
-    async def result(self, timeout: float | None = 60.0) -> TaskView:
-        """The task once it ended or waits for its caller.
-
-        Raises:
-            DeadlineExceeded: neither happened within `timeout` seconds; the task goes on.
-            A2AError: the agent refused the message.
-            Unavailable, BrokerError: this client was closed, or its connection ended for good.
-        """
-        watch = self._watched.watch
-        try:
-            await watch.stopped(after=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"task {self.id} of {self.agent} has not ended within {timeout:g} s (it is "
-                f"{watch.state or 'waiting to be picked up'} and goes on); follow it with its id"
-            ) from None
-        self._check_order()
-        if watch.stop is not None and (error := watch.stop.error) is not None:
-            raise error
-        return await self._mesh._view(watch)
-
-    async def events(self, *, timeout: float | None = None) -> AsyncGenerator[Event, None]:
-        """Every event from the first, or from the follow-up on, until the task ends or waits for its caller.
-
-        Raises:
-            DeadlineExceeded: neither happened within `timeout` seconds; the task goes on.
-            and what `result` raises.
-        """
-        events = self._mesh._follow(
-            self._watched, since=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout
-        )
-        async with aclosing(events):
-            async for event in events:
-                self._check_order()
-                yield event
-        self._check_order()
-
-    async def raw_events(
-        self, *, timeout: float | None = None
-    ) -> AsyncGenerator[tuple[RawEvent, pb.StreamResponse], None]:
-        """What `events` yields, as it is stored and as A2A's message with its blobs put back."""
-        events = self._mesh._follow_raw(
-            self._watched, since=self._since, sent=self.sent, message_id=self._message_id, timeout=timeout
-        )
-        async with aclosing(events):
-            async for event in events:
-                self._check_order()
-                yield event
-        self._check_order()
-
-    async def task(self, timeout: float | None = 60.0) -> pb.Task:
-        """What `result` returns, as A2A's task without the caller's own messages."""
-        await self.result(timeout)
-        task = self._watched.watch.task()
-        return await content.expand_task(self._mesh.broker, task)
-
-    def _check_order(self) -> None:
-        """A follow-up stored after the terminal event came too late, whoever read it (binding, section 12)."""
-        watch = self._watched.watch
-        if self.sent and watch.ended and 0 < watch.stop_seq < self.sent:
-            raise UnsupportedOperation(
-                f"task {self.id} of {self.agent} had ended as {watch.state} before the message came"
-            )
-
-    async def send(self, message: Any, **options: Any) -> TaskView:
-        """Send a follow-up and wait for the next stop, as `Mesh.send` does."""
-        return await self._mesh.send(self.agent, message, task_id=self.id, context_id=self.context_id, **options)
-
-    async def cancel(self, *, reason: str = "", timeout: float = 30.0) -> TaskView:
-        """Cancel the task and wait until it ended; see `Mesh.cancel`."""
-        created_by = "" if self.sent else self._message_id
-        return await self._mesh._cancel(self._watched, message_id=created_by, reason=reason, timeout=timeout)
-
-    async def aclose(self) -> None:
-        """Stop following. The task goes on."""
-        await self._mesh._unwatch(self._watched)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 class Mesh:
@@ -181,7 +60,7 @@ class Mesh:
         self.caller = caller or broker.settings.identity
         self.origin = uuid.uuid4().hex[:12]
         self._chain = chain
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[str, Watched] = {}
         self._readers = 0
         self._tasks = Tasks(f"mesh of {self.caller}")
         self._ticker: asyncio.TimerHandle | None = None
@@ -277,18 +156,19 @@ class Mesh:
         body = content.check_size(request.SerializeToString(), self.broker.max_payload)
         block = h.block(self._create, self._static, self._options(deadline, headers))
         watched = self._watch(agent, task_id)
+        repeated = False
         try:
             subject = subjects.task(agent, ids.slice_of(context_id), self.caller, task_id)
             await self.broker.publish(subject, body, headers=block)
         except Conflict:
             # It was sent before, perhaps by another process, where its events go then.
-            watched.anywhere = True
+            watched.anywhere = repeated = True
             self._tasks.start(self._resync(watched), name=f"resync {task_id}")
         except BaseException:
             await self._unwatch(watched)
             raise
         watched.context = context_id
-        return Handle(self, watched, context_id=context_id, message_id=message.message_id)
+        return Handle(self, watched, context_id=context_id, message_id=message.message_id, repeated=repeated)
 
     async def send(
         self,
@@ -376,6 +256,34 @@ class Mesh:
         watched = await self._open(agent, task_id, after=0)
         return Handle(self, watched, context_id=watched.context)
 
+    async def join(self, agent: str, task_id: str) -> Handle:
+        """Follow a task that exists from now on: `Handle.snapshot` is the task as it is, later events follow it.
+
+        Raises:
+            TaskNotFound: no such task of this caller.
+            Unavailable: nobody is there to read it.
+        """
+        subjects.check_name(agent)
+        subjects.check_task_id(task_id)
+        watched = self._reader(agent, task_id, after=0)
+        watched.anywhere = True
+        watched.checking = True  # what comes before the snapshot's number is known is no gap
+        try:
+            await self._listen_elsewhere(watched)
+            request = pb.GetTaskRequest(id=task_id)
+            found = await reads.task(self.broker, agent, request, caller=self.caller)
+        except BaseException:
+            await self._unwatch(watched)
+            raise
+        watch = watched.watch
+        watch.skip_to(found.events + 1, now=asyncio.get_running_loop().time())
+        watched.checking = False
+        watched.context = found.task.context_id
+        state = State(found.task.status.state)
+        if watch.seen == found.events and not watch.ended:
+            watch.state = state.label
+        return Handle(self, watched, context_id=watched.context, since=found.events, snapshot=found.task)
+
     async def result(self, agent: str, task_id: str, *, timeout: float | None = 60.0) -> TaskView:
         """The result of a task that was sent before."""
         async with await self.handle(agent, task_id) as handle:
@@ -420,15 +328,23 @@ class Mesh:
         finally:
             await self._unwatch(watched)
 
-    async def _cancel(self, watched: _Watched, *, message_id: str = "", reason: str, timeout: float) -> TaskView:
+    async def _cancel(self, watched: Watched, *, message_id: str = "", reason: str, timeout: float) -> TaskView:
+        request = pb.CancelTaskRequest(id=watched.watch.task_id)
+        if reason:
+            request.metadata.update({"reason": reason})
+        await self._stop(watched, request, message_id=message_id, timeout=timeout)
+        return await self._view(watched.watch)
+
+    async def _stop(
+        self, watched: Watched, request: pb.CancelTaskRequest, *, message_id: str = "", timeout: float
+    ) -> None:
+        """Cancel a task and wait until it ended; raises what `cancel` raises."""
         watch = watched.watch
         task = f"task {watch.task_id} of {watch.agent}"
         if watch.ended:
             raise TaskNotCancelable(f"{task} has ended as {watch.state}")
         context_id = await self._context(watched)
-        sequence = await self.send_cancel(
-            watch.agent, watch.task_id, context_id=context_id, message_id=message_id, reason=reason
-        )
+        sequence = await self._store_cancel(watch.agent, request, context_id=context_id, message_id=message_id)
         try:
             async with asyncio.timeout(timeout):
                 await watch.over()
@@ -438,7 +354,6 @@ class Mesh:
             ) from None
         if watch.state != State.CANCELED.label or 0 < watch.stop_seq < sequence:
             raise TaskNotCancelable(f"{task} had ended as {watch.state} before")
-        return await self._view(watch)
 
     async def send_cancel(
         self, agent: str, task_id: str, *, context_id: str, message_id: str = "", reason: str = ""
@@ -450,8 +365,13 @@ class Mesh:
         request = pb.CancelTaskRequest(id=task_id)
         if reason:
             request.metadata.update({"reason": reason})
+        return await self._store_cancel(agent, request, context_id=context_id, message_id=message_id)
+
+    async def _store_cancel(
+        self, agent: str, request: pb.CancelTaskRequest, *, context_id: str, message_id: str
+    ) -> int:
         extra = {h.METHOD: "CancelTask", **({h.MESSAGE_ID: message_id} if message_id else {})}
-        subject = subjects.input(agent, ids.slice_of(context_id), self.caller, task_id)
+        subject = subjects.input(agent, ids.slice_of(context_id), self.caller, request.id)
         block = h.block(self._static, h.fields(extra))
         return await self.broker.publish(subject, request.SerializeToString(), headers=block)
 
@@ -488,30 +408,37 @@ class Mesh:
             TaskNotFound: no such task of this caller.
             and what `submit` raises.
         """
-        message = request.message
-        task_id = message.task_id
+        task_id = request.message.task_id
         watched = await self._open(agent, task_id, after=0)
         try:
             watch = watched.watch
             if watch.ended:
                 raise UnsupportedOperation(f"task {task_id} of {agent} has ended as {watch.state}; send a new message")
-            context_id = await self._context(watched)
-            if message.context_id not in ("", context_id):
-                raise InvalidRequest(f"task {task_id} belongs to context {context_id}, not {message.context_id}")
-            message.context_id = context_id
-            since = watch.seen
-            await content.shrink_message(self.broker, message)
-            body = content.check_size(request.SerializeToString(), self.broker.max_payload)
-            deduplicate = h.fields({h.DEDUPLICATION_ID: self._own_id(task_id, message.message_id)})
-            block = h.block(self._static, deduplicate, self._options(deadline, headers))
-            subject = subjects.input(agent, ids.slice_of(context_id), self.caller, task_id)
-            sequence = await self.broker.publish(subject, body, headers=block)
-            return Handle(
-                self, watched, context_id=context_id, message_id=message.message_id, since=since, sent=sequence
-            )
+            handle = Handle(self, watched, context_id=await self._context(watched), since=watch.seen)
+            await handle.follow_up(request, deadline=deadline, headers=headers)
         except BaseException:
             await self._unwatch(watched)
             raise
+        return handle
+
+    async def _store_follow_up(
+        self,
+        handle: Handle,
+        request: pb.SendMessageRequest,
+        *,
+        deadline: float | None,
+        headers: Mapping[str, str] | None,
+    ) -> int:
+        message = request.message
+        if message.context_id not in ("", handle.context_id):
+            raise InvalidRequest(f"task {handle.id} belongs to context {handle.context_id}, not {message.context_id}")
+        message.task_id, message.context_id = handle.id, handle.context_id
+        await content.shrink_message(self.broker, message)
+        body = content.check_size(request.SerializeToString(), self.broker.max_payload)
+        deduplicate = h.fields({h.DEDUPLICATION_ID: self._own_id(handle.id, message.message_id)})
+        block = h.block(self._static, deduplicate, self._options(deadline, headers))
+        subject = subjects.input(handle.agent, ids.slice_of(handle.context_id), self.caller, handle.id)
+        return await self.broker.publish(subject, body, headers=block)
 
     def _own_id(self, task_id: str, message_id: str) -> str:
         """An id nobody else can have used up: the broker compares it with those of everybody's messages."""
@@ -524,12 +451,12 @@ class Mesh:
                 await content.expand_event(self.broker, event)
         return a2a.view_of(log, watch.task_id, agent=watch.agent, last=watch.seen)
 
-    async def _context(self, watched: _Watched) -> str:
+    async def _context(self, watched: Watched) -> str:
         if not watched.context:
             watched.context = await self._read_context(watched)
         return watched.context
 
-    async def _read_context(self, watched: _Watched) -> str:
+    async def _read_context(self, watched: Watched) -> str:
         last = watched.watch.last_event()
         if last is not None:
             event = last.decode()
@@ -552,20 +479,31 @@ class Mesh:
 
     # Following tasks ---------------------------------------------------------------------------
 
-    def _watch(self, agent: str, task_id: str) -> _Watched:
+    def _watch(self, agent: str, task_id: str) -> Watched:
         if self._failure is not None:
             raise self._failure
         key = f"{agent}.{task_id}"
         watched = self._watched.get(key)
         if watched is None:
-            watched = _Watched(key, TaskWatch(agent, task_id))
+            watched = Watched(key, TaskWatch(agent, task_id))
             watched.watch.last_heard = asyncio.get_running_loop().time()
             self._watched[key] = watched
             self._keep_ticking()
         watched.users += 1
         return watched
 
-    async def _open(self, agent: str, task_id: str, *, after: int) -> _Watched:
+    def _reader(self, agent: str, task_id: str, *, after: int) -> Watched:
+        """A view of the task of its own, for who begins in the middle of its log."""
+        if self._failure is not None:
+            raise self._failure
+        self._readers += 1
+        watched = Watched(f"{agent}.{task_id}/{self._readers}", TaskWatch(agent, task_id, after=after), users=1)
+        watched.watch.last_heard = asyncio.get_running_loop().time()
+        self._watched[watched.key] = watched
+        self._keep_ticking()
+        return watched
+
+    async def _open(self, agent: str, task_id: str, *, after: int) -> Watched:
         """Follow a task that exists: listen first, then read what was before."""
         subjects.check_name(agent)
         subjects.check_task_id(task_id)
@@ -575,21 +513,14 @@ class Mesh:
         if known is not None and after == 0 and (known.watch.seen or not known.anywhere):
             known.users += 1
             return known
-        if after:
-            # A reader in the middle of the log has its own view of it.
-            self._readers += 1
-            watched = _Watched(f"{agent}.{task_id}/{self._readers}", TaskWatch(agent, task_id, after=after), users=1)
-            watched.watch.last_heard = asyncio.get_running_loop().time()
-            self._watched[watched.key] = watched
-            self._keep_ticking()
-        else:
-            watched = self._watch(agent, task_id)
+        watched = self._reader(agent, task_id, after=after) if after else self._watch(agent, task_id)
         watched.anywhere = True
         try:
             await self._listen_elsewhere(watched)
             await self._fill(watched)
             if after and watched.watch.seen == after:
                 view = await self.get(agent, task_id, history_length=0)
+                watched.watch.seen = min(after, view.events)  # or its end, which comes before, would be no news
                 if view.state.terminal and view.events <= after:
                     watched.watch.state = view.state.label
         except BaseException:
@@ -597,7 +528,7 @@ class Mesh:
             raise
         return watched
 
-    async def _listen_elsewhere(self, watched: _Watched) -> None:
+    async def _listen_elsewhere(self, watched: Watched) -> None:
         if watched.elsewhere is not None:
             return
         pattern = subjects.live_task(self.caller, watched.watch.agent, watched.watch.task_id)
@@ -611,7 +542,7 @@ class Mesh:
         else:
             await subscription.close()
 
-    async def _unwatch(self, watched: _Watched) -> None:
+    async def _unwatch(self, watched: Watched) -> None:
         watched.users -= 1
         if watched.users > 0:
             return
@@ -621,7 +552,7 @@ class Mesh:
             await watched.elsewhere.close()
 
     async def _follow(
-        self, watched: _Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
+        self, watched: Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
     ) -> AsyncGenerator[Event, None]:
         watch = watched.watch
         following = self._follow_raw(watched, since=since, sent=sent, message_id=message_id, timeout=timeout)
@@ -630,8 +561,16 @@ class Mesh:
                 yield event_of(raw, proto, task_id=watch.task_id, agent=watch.agent)
 
     async def _follow_raw(
-        self, watched: _Watched, *, since: int, sent: int = 0, message_id: str = "", timeout: float | None = None
+        self,
+        watched: Watched,
+        *,
+        since: int,
+        sent: int = 0,
+        message_id: str = "",
+        timeout: float | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[tuple[RawEvent, pb.StreamResponse], None]:
+        """Events after number `since`, or after sequence `sent`; `whole`: all after `since`, to a stop after `sent`."""
         watch = watched.watch
         queue = watch.reader()
         until = None if timeout is None else asyncio.get_running_loop().time() + timeout
@@ -640,7 +579,8 @@ class Mesh:
                 raw = await (queue.get() if until is None else _until(queue, until, watch))
                 if raw is None:
                     raise watch.failed or Unavailable("nothing more will be heard of the task")
-                if (raw.seq <= sent) if sent and raw.seq else (raw.n <= since):
+                early = (raw.seq <= sent) if sent and raw.seq else (raw.n <= since)
+                if early and (raw.n <= since or not whole):
                     continue
                 if raw.reason and (refused := refuses(raw)) and refused != message_id:
                     continue
@@ -649,7 +589,7 @@ class Mesh:
                 proto = raw.decode()
                 await content.expand_event(self.broker, proto)
                 yield raw, proto
-                if raw.state in STOPS:
+                if raw.state in (END_LABELS if early else STOPS):
                     return
         finally:
             watch.release(queue)
@@ -660,7 +600,7 @@ class Mesh:
         if watched is not None:
             self._feed(watched, data, headers)
 
-    def _feed(self, watched: _Watched, data: bytes, headers: bytes | None) -> None:
+    def _feed(self, watched: Watched, data: bytes, headers: bytes | None) -> None:
         now = asyncio.get_running_loop().time()
         for event in read_stored(bytes(data), headers):
             watched.watch.feed(event, now=now)
@@ -688,7 +628,7 @@ class Mesh:
             if not watched.watch.ended:
                 self._tasks.start(self._resync(watched), name=f"resync {watched.watch.task_id}")
 
-    async def _resync(self, watched: _Watched) -> None:
+    async def _resync(self, watched: Watched) -> None:
         """Find out what was missed. Failing is no error: the next look comes."""
         if watched.checking:
             return
@@ -715,7 +655,7 @@ class Mesh:
         finally:
             watched.checking = False
 
-    async def _fill(self, watched: _Watched) -> None:
+    async def _fill(self, watched: Watched) -> None:
         """Read the log from after what is known."""
         watch = watched.watch
         while not watch.ended:

@@ -60,18 +60,32 @@ async def call(
     return reply
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A task as the read side folded it."""
+
+    task: pb.Task
+    agent: str
+    events: int
+    """Number of the last event included."""
+
+
+async def task(broker: Broker, agent: str, request: pb.GetTaskRequest, *, caller: str) -> Found:
+    """GetTask, blobs put back."""
+    reply = await call(broker, "GetTask", agent=agent, caller=caller, request=request)
+    found = await content.expand_task(broker, pb.Task.FromString(reply.data))
+    named = h.get(reply.headers, b"Weft-Agent")
+    return Found(found, named.decode() if named else agent, int(h.get(reply.headers, b"Weft-Event") or 0))
+
+
 async def get(broker: Broker, agent: str, task_id: str, *, caller: str, history_length: int | None = None) -> TaskView:
-    """GetTask."""
+    """GetTask, as plain values."""
     subjects.check_task_id(task_id)
     request = pb.GetTaskRequest(id=task_id)
     if history_length is not None:
         request.history_length = history_length
-    reply = await call(broker, "GetTask", agent=agent, caller=caller, request=request)
-    task = await content.expand_task(broker, pb.Task.FromString(reply.data))
-    named = h.get(reply.headers, b"Weft-Agent")
-    return a2a.view(
-        task, agent=named.decode() if named else agent, events=int(h.get(reply.headers, b"Weft-Event") or 0)
-    )
+    found = await task(broker, agent, request, caller=caller)
+    return a2a.view(found.task, agent=found.agent, events=found.events)
 
 
 async def page(broker: Broker, agent: str | None, request: pb.ListTasksRequest, *, caller: str) -> Page:

@@ -7,6 +7,7 @@ right. A gap is held back until it is filled or known to be unfillable (a number
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -87,9 +88,31 @@ def event_of(raw: RawEvent, proto: pb.StreamResponse, *, task_id: str, agent: st
     )
 
 
+def as_update(raw: RawEvent, proto: pb.StreamResponse) -> pb.StreamResponse:
+    """An event of a task: a message, which ends it, as the status update it amounts to (binding, section 9)."""
+    if not proto.HasField("message"):
+        return proto
+    made = pb.StreamResponse()
+    update = made.status_update
+    update.task_id, update.context_id = proto.message.task_id, proto.message.context_id
+    update.status.state = pb.TASK_STATE_COMPLETED
+    update.status.message.CopyFrom(proto.message)
+    stored = h.stamped(raw.headers, b"Nats-Time-Stamp")
+    if stored is not None:
+        with contextlib.suppress(ValueError):
+            update.status.timestamp.FromJsonString(stored.decode("ascii", "replace"))
+    return made
+
+
 def _expire(changed: asyncio.Future[None]) -> None:
     if not changed.done():
         changed.set_exception(TimeoutError())
+
+
+def _set(waiting: list[asyncio.Future[None]]) -> None:
+    for changed in waiting:
+        if not changed.done():
+            changed.set_result(None)
 
 
 def refuses(event: RawEvent) -> str:
@@ -114,6 +137,7 @@ class TaskWatch:
         self._events: deque[RawEvent] = deque()
         self._refusals: dict[str, RawEvent] = {}
         self._waiting: list[asyncio.Future[None]] = []
+        self._beginning: list[asyncio.Future[None]] = []
         self._readers: list[asyncio.Queue[RawEvent | None]] = []
         self.failed: Exception | None = None
         """Why nothing more will come."""
@@ -163,12 +187,15 @@ class TaskWatch:
         """Wake everybody who waits with an error."""
         self.failed = error
         self._wake()
+        _set(self._beginning)
         for queue in self._readers:
             queue.put_nowait(None)
 
     def _take(self, event: RawEvent) -> None:
         self.seen = event.n
         self._events.append(event)
+        if self._beginning:
+            _set(self._beginning)
         if event.reason and (refused := refuses(event)):
             # It only repeats the state, and concerns nobody but the sender of that message.
             self._refusals[refused] = event
@@ -213,24 +240,35 @@ class TaskWatch:
                 raise self.failed
             await self._change(None)
 
-    async def _change(self, deadline: float | None) -> None:
+    async def begun(self, timeout: float) -> bool:
+        """Wait until an event is here; False if none is within `timeout` seconds."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        try:
+            while not self._events:
+                if self.failed is not None:
+                    raise self.failed
+                await self._change(deadline, self._beginning)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _change(self, deadline: float | None, waiting: list[asyncio.Future[None]] | None = None) -> None:
         """Wait for the next change; TimeoutError at `deadline` (loop time)."""
         # A timer and a future: asyncio.timeout around an Event costs every caller of every task three times that.
         loop = asyncio.get_running_loop()
         changed: asyncio.Future[None] = loop.create_future()
         timer = None if deadline is None else loop.call_at(deadline, _expire, changed)
-        self._waiting.append(changed)
+        waiting = self._waiting if waiting is None else waiting
+        waiting.append(changed)
         try:
             await changed
         finally:
-            self._waiting.remove(changed)
+            waiting.remove(changed)
             if timer is not None:
                 timer.cancel()
 
     def _wake(self) -> None:
-        for changed in self._waiting:
-            if not changed.done():
-                changed.set_result(None)
+        _set(self._waiting)
 
     def last_event(self) -> RawEvent | None:
         """The last event in order."""
@@ -252,7 +290,11 @@ class TaskWatch:
 
     def log(self) -> list[pb.StreamResponse]:
         """The events so far, without those that only refuse a follow-up."""
-        return [event.decode() for event in self._events if not (event.reason and refuses(event))]
+        return [event.decode() for event in self.happened()]
+
+    def happened(self, *, after: int = 0) -> list[RawEvent]:
+        """The events later than number `after`, as they are stored, without those that only refuse a follow-up."""
+        return [event for event in self._events if event.n > after and not (event.reason and refuses(event))]
 
     def task(self) -> pb.Task:
         """The A2A task as the events so far describe it."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
+from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
+from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
 from weft_protocols.resources import DURABILITY
 from weft_protocols.subjects import check_name, check_token
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 DEFAULT_IDENTITY: Final = "local"
 """Caller name of whoever uses a mesh on a laptop without saying who they are."""
 CONFIG_NAME: Final = "mesh.yaml"
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,6 @@ def _known_seed(home: Home, identity: str) -> Path:
     )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 # mesh.yaml -----------------------------------------------------------------------------------------
 
 
@@ -157,6 +152,20 @@ class AgentConfig:
     """Environment variables its processes get on top of the supervisor's."""
     grace: float = 30.0
     """Seconds a replica has to finish its tasks when it is stopped."""
+    card: str = ""
+    """File of an agent card, relative to the project folder: what `run` names is then an executor of the A2A SDK."""
+    bridge: str = ""
+    """Address of the card of an A2A agent outside of the mesh, which is this agent; then there is no `run`."""
+    headers_env: Mapping[str, str] = field(default_factory=dict)
+    """Of a bridge: headers of its requests, and the environment variable that holds the value of each."""
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        """Arguments of `python -m weft.host`."""
+        if self.bridge:
+            headers = (f"{header}={variable}" for header, variable in self.headers_env.items())
+            return ("--bridge", self.name, self.bridge, *headers)
+        return (self.run, self.card, self.name) if self.card else (self.run,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,7 @@ class MeshConfig:
     broker: BrokerConfig = BrokerConfig()
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -200,70 +210,92 @@ def parse_mesh_config(text: str, *, path: Path) -> MeshConfig:
     return config
 
 
-class _Reader:
-    """Walks the YAML nodes, which know their lines, and collects all mistakes."""
-
-    def __init__(self, path: Path) -> None:
-        self.mistakes: list[str] = []
-        self._path = path
+class _Reader(YamlReader):
+    """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        fields = self._mapping(root, "", ("name", "broker", "agents", "callers")) if root is not None else {}
-        folder = self._path.parent
+        fields = self.mapping(root, "", ("name", "broker", "agents", "callers", "gateway")) if root is not None else {}
+        folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
         return MeshConfig(
-            name=self._value(fields, "name", default, _token),
+            name=self.value(fields, "name", default, _token),
             folder=folder,
             broker=self._broker(fields.get("broker")),
             agents=agents,
             callers=self._callers(fields.get("callers"), agents),
+            gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:
         if node is None:
             return BrokerConfig()
-        fields = self._mapping(node, "broker", ("port", "durability", "max_bytes"))
+        fields = self.mapping(node, "broker", ("port", "durability", "max_bytes"))
         base = BrokerConfig()
         return BrokerConfig(
-            port=self._value(fields, "broker.port", base.port, _integer(0, 65535)),
-            durability=self._value(fields, "broker.durability", base.durability, _durability),
-            max_bytes=self._value(fields, "broker.max_bytes", base.max_bytes, _size),
+            port=self.value(fields, "broker.port", base.port, integer(0, 65535)),
+            durability=self.value(fields, "broker.durability", base.durability, _durability),
+            max_bytes=self.value(fields, "broker.max_bytes", base.max_bytes, size),
         )
 
     def _agents(self, node: yaml.Node | None) -> dict[str, AgentConfig]:
         agents: dict[str, AgentConfig] = {}
         if node is None:
             return agents
-        for name, entry in self._mapping(node, "agents", None).items():
+        for name, entry in self.mapping(node, "agents", None).items():
             where = f"agents.{name}"
             try:
                 check_name(name, "agent name")
             except InvalidName as error:
-                self._mistake(entry, "agents", str(error))
+                self.mistake(entry, "agents", str(error))
                 continue
             if (twin := _same_file(name, agents)) is not None:
-                self._mistake(entry, "agents", f"{name!r} and {twin!r} differ only in case; rename one")
-            fields = self._mapping(entry, where, ("run", "replicas", "env", "grace"))
-            if "run" not in fields:
-                self._mistake(entry, where, '`run` is missing; write e.g. run: "agents/analyst.py:agent"')
+                self.mistake(entry, "agents", f"{name!r} and {twin!r} differ only in case; rename one")
+            fields = self.mapping(entry, where, ("run", "replicas", "env", "grace", "card", "bridge", "headers_env"))
+            if "bridge" in fields or "headers_env" in fields:
+                self._check_bridge(fields, entry, where)
+            elif "run" not in fields:
+                self.mistake(entry, where, '`run` is missing; write e.g. run: "agents/analyst.py:agent"')
             agents[name] = AgentConfig(
                 name,
-                run=self._value(fields, f"{where}.run", "", _run),
-                replicas=self._value(fields, f"{where}.replicas", 1, _integer(0, 1000)),
+                run=self.value(fields, f"{where}.run", "", _run),
+                replicas=self.value(fields, f"{where}.replicas", 1, integer(0, 1000)),
                 env=self._environment(fields.get("env"), f"{where}.env"),
-                grace=self._value(fields, f"{where}.grace", 30.0, _seconds),
+                grace=self.value(fields, f"{where}.grace", 30.0, seconds),
+                card=self.value(fields, f"{where}.card", "", str),
+                bridge=self.value(fields, f"{where}.bridge", "", _card_url),
+                headers_env=self._headers(fields.get("headers_env"), f"{where}.headers_env"),
             )
         return agents
 
+    def _check_bridge(self, fields: Mapping[str, yaml.Node], entry: yaml.Node, where: str) -> None:
+        if "bridge" not in fields:
+            self.mistake(entry, where, "headers_env is for a bridge: write bridge: and the address of an agent card")
+        for other in ("run", "card"):
+            if other in fields:
+                self.mistake(fields[other], where, f"a bridge is an agent elsewhere: it has no `{other}`")
+
+    def _headers(self, node: yaml.Node | None, where: str) -> dict[str, str]:
+        made: dict[str, str] = {}
+        for name, value in self.mapping(node, where, None).items() if node is not None else ():
+            variable = self.text(value, f"{where}.{name}")
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+                self.mistake(value, where, f"{name!r} cannot be the name of a header")
+            elif variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+                # Never the text: it may be the secret itself.
+                self.mistake(value, where, f"{name} must name an environment variable; the value never stands here")
+            elif variable is not None:
+                made[name] = variable
+        return made
+
     def _environment(self, node: yaml.Node | None, where: str) -> dict[str, str]:
-        if node is None or _is_null(node):
+        if node is None or is_null(node):
             return {}
         made: dict[str, str] = {}
-        for name, value in self._mapping(node, where, None).items():
+        for name, value in self.mapping(node, where, None).items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                self._mistake(value, where, f"{name!r} cannot be the name of an environment variable")
-            elif (text := self._text(value, f"{where}.{name}")) is not None:
+                self.mistake(value, where, f"{name!r} cannot be the name of an environment variable")
+            elif (text := self.text(value, f"{where}.{name}")) is not None:
                 made[name] = text
         return made
 
@@ -273,20 +305,20 @@ class _Reader:
         if node is None:
             return (DEFAULT_IDENTITY,)
         if not isinstance(node, yaml.SequenceNode):
-            self._mistake(node, "callers", "must be a list of names, e.g. [local]")
+            self.mistake(node, "callers", "must be a list of names, e.g. [local]")
             return ()
         made: list[str] = []
         for entry in node.value:
-            name = self._text(entry, "callers")
+            name = self.text(entry, "callers")
             if name is None:
                 continue
             try:
                 check_name(name, "caller name")
             except InvalidName as error:
-                self._mistake(entry, "callers", str(error))
+                self.mistake(entry, "callers", str(error))
                 continue
             if (twin := _same_file(name, (*agents, *made))) is not None:
-                self._mistake(
+                self.mistake(
                     entry,
                     "callers",
                     f"{name!r} is taken by {twin!r}: every agent and caller needs its own name",
@@ -294,79 +326,8 @@ class _Reader:
             made.append(name)
         return tuple(made)
 
-    # Values ------------------------------------------------------------------------------------
-
-    def _value(self, fields: Mapping[str, yaml.Node], where: str, default: _T, read: Callable[[str], _T]) -> _T:
-        node = fields.get(where.rpartition(".")[2])
-        if node is None:
-            return default
-        text = self._text(node, where)
-        if text is None:
-            return default
-        try:
-            return read(text)
-        except ValueError as error:
-            self._mistake(node, where, str(error))
-            return default
-
-    def _text(self, node: yaml.Node, where: str) -> str | None:
-        """A scalar as it is written; anything else is a mistake."""
-        import yaml
-
-        if isinstance(node, yaml.ScalarNode) and not _is_null(node):
-            return str(node.value)
-        self._mistake(node, where, "has no value" if _is_null(node) else "must be one value, not a list or a mapping")
-        return None
-
-    def _mapping(self, node: yaml.Node, where: str, known: tuple[str, ...] | None) -> dict[str, yaml.Node]:
-        """Entries of a mapping; unknown (unless `known` is None) and repeated keys are mistakes."""
-        import yaml
-
-        if _is_null(node):
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            self._mistake(node, where, "must be a mapping of `name: value` lines")
-            return {}
-        entries: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
-            if known is not None and name not in known:
-                hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
-                self._mistake(key, where, f"has no field {name!r}{hint}")
-            elif name in entries:
-                self._mistake(key, where, f"names {name!r} twice; keep one")
-            else:
-                entries[name] = value
-        return entries
-
-    def _mistake(self, node: yaml.Node, where: str, what: str) -> None:
-        place = f"{self._path}:{node.start_mark.line + 1}"
-        self.mistakes.append(f"{place}: {where}: {what}" if where else f"{place}: {what}")
-
 
 # Readers of one value: text in, ValueError with what to do ------------------------------------------
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} must be a whole number from {low} to {high}")
-        return int(text)
-
-    return read
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):
-        raise ValueError(f"{text!r} must be a number of seconds, e.g. 30")
-    return float(text)
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,15}) ?([KMGT]?)i?B?", text)
-    if match is None or int(match[1]) == 0:
-        raise ValueError(f"{text!r} must be a size such as 512MB or 10GB")
-    return int(match[1]) * int(1024 ** " KMGT".index(match[2] or " "))
 
 
 def _durability(text: str) -> str:
@@ -386,8 +347,12 @@ def _token(text: str) -> str:
     return check_token(text, "mesh name")
 
 
-def _is_null(node: yaml.Node) -> bool:
-    return bool(node.tag == "tag:yaml.org,2002:null")
+def _card_url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", text):
+        raise ValueError(
+            f"{text!r} must be the address of an agent card, e.g. https://host/.well-known/agent-card.json"
+        )
+    return text
 
 
 def _same_file(name: str, taken: Iterable[str]) -> str | None:

@@ -32,6 +32,11 @@ class Home:
         return self.root / "broker.json"
 
     @property
+    def gateway_file(self) -> Path:
+        """Where this machine's first gateway is: see `GatewayRecord`."""
+        return self.root / "gateway.json"
+
+    @property
     def accounts_file(self) -> Path:
         """Who may connect: see `Accounts`."""
         return self.root / "accounts.json"
@@ -92,6 +97,37 @@ class BrokerRecord:
                 int(raw["port"]),
                 int(raw["max_file_store"]),
             )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayRecord:
+    """`gateway.json`: a gateway of this machine as it serves, or as it served last, for the next one's ports."""
+
+    http: str
+    """Base address of HTTP without a slash at the end, such as `http://127.0.0.1:8080`."""
+    grpc: str
+    """`host:port` of gRPC."""
+    pid: int
+    started: str
+    """The process's start time as the system tells it, so that a reused pid is not taken for it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        return self.pid > 0 and process_started(self.pid) == self.started
+
+    def write(self, home: Home) -> None:
+        """Write `gateway.json` atomically."""
+        write_private(home.gateway_file, _json(asdict(self)))
+
+    @classmethod
+    def read(cls, home: Home) -> GatewayRecord | None:
+        """The record, or None if there is none or an unreadable one."""
+        try:
+            raw = json.loads(home.gateway_file.read_bytes())
+            return cls(str(raw["http"]), str(raw["grpc"]), int(raw["pid"]), str(raw["started"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from weft.core import serverproc
 from weft.core.broker import Broker
+from weft.core.cardkeys import ensure_card_key
 from weft.core.config import ConnectionSettings, did_you_mean
 from weft.core.home import MEMBERS, Accounts, BrokerRecord, Home, make_private_directory, write_private
 from weft.core.keys import ensure_seed
@@ -59,8 +60,9 @@ class Membership:
         return ConnectionSettings(url, identity, self.home.seed(identity), self.home.root)
 
     async def prepare(self, options: ServerOptions, *, agents: Iterable[str] = (), callers: Iterable[str] = ()) -> str:
-        """Write accounts, keys and configuration for a start; return the configuration's digest."""
+        """Write accounts, keys (also that of the cards) and configuration for a start; return the latter's digest."""
         async with self._editing():
+            ensure_card_key(self.home)
             return await self._install(self._with(self.accounts, agents, callers), options)
 
     async def declare(

@@ -106,7 +106,7 @@ class EmbeddedServer:
             ) from None
 
     async def stop(self, *, grace: float = GRACE) -> None:
-        """Stop the server if this object owns it: SIGTERM, and SIGKILL after `grace` seconds. Idempotent."""
+        """Stop the server if this object owns it: SIGTERM, and SIGKILL after `grace` seconds, at once for 0. Idempotent."""
         if self.owned and self._process is not None:
             await _end(self._process, grace)
         self._forget()
@@ -320,7 +320,10 @@ class EmbeddedServer:
 
 async def _end(process: subprocess.Popen[bytes], grace: float) -> None:
     """SIGTERM, SIGKILL after `grace` seconds, and reap it."""
-    if process.poll() is None:
+    if process.poll() is None and grace <= 0:
+        serverproc.send_signal(process.pid, signal.SIGKILL)
+        await serverproc.exited(process.pid)
+    elif process.poll() is None:
         serverproc.send_signal(process.pid, signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from weft.host.signature import Signature
 from weft_protocols import subjects
-from weft_protocols.errors import InvalidConfig, InvalidParams
+from weft_protocols.errors import ExtensionSupportRequired, InvalidConfig, InvalidParams
 
 if TYPE_CHECKING:
     from weft.client.mesh import Mesh
+    from weft.host.turns import Turn, Turns
+    from weft_protocols.cards import AgentCard
 
 Handler = Callable[..., Any]
 H = TypeVar("H", bound=Handler)
@@ -43,12 +46,15 @@ class Agent:
         attempts: how often a task may be started before it is failed and leaves a dead letter.
         suspend_after: seconds a question may wait before the task leaves memory until it is answered.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
+        card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
+            What it sets wins over what is declared here; where it lists skills, only those are shown.
+        extended_card: what callers who ask for the extended card see over the card: the same form, skills are added.
 
     Raises:
         InvalidName, InvalidConfig: an argument is out of range.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of an agent, each with its default
         self,
         name: str,
         *,
@@ -58,6 +64,8 @@ class Agent:
         attempts: int = 3,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
+        card: Mapping[str, Any] | AgentCard | None = None,
+        extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
         self.name = subjects.check_name(name)
         subjects.check_token(version.replace(".", "_").replace("+", "_"), f"version of agent {name}")
@@ -67,8 +75,14 @@ class Agent:
         self.attempts = _at_least(1, attempts, f"attempts of agent {name}")
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
+        self.card = card
+        self.extended_card = extended_card
         self.skills: dict[str, Skill] = {}
+        self.turns: Turns | None = None
+        """How it answers messages itself, in place of skills."""
         self.on_start: list[Callable[[Mesh], Any]] = []
+        self.services: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        """What its process runs beside its replica, as long as it serves."""
 
     def skill(
         self,
@@ -106,6 +120,62 @@ class Agent:
 
         return register
 
+    def on_turn(
+        self,
+        handler: Callable[[Turn], Awaitable[None]],
+        *,
+        cancel: Callable[[Turn], Awaitable[None]] | None = None,
+        retry: bool = False,
+        source: str = "",
+    ) -> Callable[[Turn], Awaitable[None]]:
+        """Have `handler` answer every message with A2A events of its own; skills are then only described.
+
+        It is called once for the message that creates a task, and once for each follow-up. When it returns, the task
+        must have ended or wait in an interrupted state, else it fails.
+
+        Args:
+            handler: gets a `Turn`.
+            cancel: gets the turn of a task that is cancelled, within `cancel_grace`. What it emits counts; where the
+                task has not ended after it, the handler is stopped and the task ends as canceled.
+            retry: whether a turn that raised is tried again up to `attempts`; else the task fails at once. `Fail`,
+                `Reject` and A2A errors always end it.
+            source: file with the agent's code, where that is not the handler's.
+        """
+        from weft.host.turns import Turns
+
+        code = getattr(handler, "__code__", None)
+        self.turns = Turns(handler, cancel, retry=retry, source=source or (code.co_filename if code else ""))
+        return handler
+
+    @cached_property
+    def required_extensions(self) -> frozenset[str]:
+        """URIs a message must name in `A2A-Extensions`, or it is rejected: those its card requires."""
+        if self.card is None:
+            return frozenset()
+        from weft_protocols.cards import parse_card
+
+        card = parse_card(self.card, what=f"the card of agent {self.name}")
+        return frozenset(extension.uri for extension in card.capabilities.extensions if extension.required)
+
+    def replace_card(self, card: AgentCard) -> None:
+        """Show another card, with its version and description, from now on."""
+        self.version, self.description, self.card = card.version, card.description, card
+        self.__dict__.pop("required_extensions", None)
+
+    def check_extensions(self, requested: str) -> None:
+        """Check the `A2A-Extensions` of a message.
+
+        Raises:
+            ExtensionSupportRequired: it lacks one that the card requires; the message lists them.
+        """
+        if self.required_extensions:
+            missing = self.required_extensions.difference(uri.strip() for uri in requested.split(","))
+            if missing:
+                raise ExtensionSupportRequired(
+                    f"agent {self.name} requires the extension {', '.join(sorted(missing))}; name it in A2A-Extensions",
+                    metadata={"extensions": ",".join(sorted(missing))},
+                )
+
     def choose(self, skill_id: str | None) -> Skill:
         """The skill a message asks for; the only or first one where it names none.
 
@@ -122,8 +192,11 @@ class Agent:
         return skill
 
     def describe(self) -> dict[str, Any]:
-        """The agent as the registry keeps it: JSON with its skills and their input schemas."""
-        return {
+        """The agent as the registry keeps it: JSON with its skills, their input schemas and its core card.
+
+        Raises InvalidConfig for an input without a schema, and for a card that is not valid.
+        """
+        told: dict[str, Any] = {
             "agent": self.name,
             "version": self.version,
             "description": self.description,
@@ -139,6 +212,23 @@ class Agent:
                 for skill in self.skills.values()
             ],
         }
+        return {**told, **self._cards(told["skills"])}
+
+    def _cards(self, skills: list[dict[str, Any]]) -> dict[str, Any]:
+        from weft_protocols import cards
+
+        core = cards.core_card(
+            self.name,
+            version=self.version,
+            description=self.description,
+            skills=skills,
+            extra=self.card,
+            extended=self.extended_card is not None,
+        )
+        told = {"card": cards.card_json(core), "card_digest": cards.digest(core)}
+        if self.extended_card is not None:
+            told["extended_card"] = cards.card_json(cards.extended_card(core, self.extended_card))
+        return told
 
     def __repr__(self) -> str:
         return f"<Agent {self.name} {self.version}: {', '.join(self.skills) or 'no skills'}>"

@@ -12,6 +12,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.host import values
+from weft.host.conversation import Conversation
 from weft.host.owner import Owner
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.task import Task, call
@@ -36,6 +37,7 @@ from weft_protocols.states import State
 
 if TYPE_CHECKING:
     from weft.host.agent import Skill
+    from weft.host.turns import Turns
 
 log = logging.getLogger("weft.host")
 
@@ -80,6 +82,7 @@ async def _refused(run: Run) -> bool:
     work = run.work
     try:
         a2a.check_version(work.headers.get("a2a-version", ""))
+        run.agent.check_extensions(work.headers.get("a2a-extensions", ""))
         parts = await content.expand(run.mesh.broker, work.request.message.parts)
         run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
@@ -88,13 +91,16 @@ async def _refused(run: Run) -> bool:
     if work.deadline is not None and work.deadline < time.time():
         await run.finish(State.FAILED, a2a.parts_of("the deadline had passed before the task could start"))
         return True
-    if run.claim.attempt > run.agent.attempts:
+    if run.tries > run.agent.attempts:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
         return True
     return False
 
 
 async def _attempt(replica: Owner, run: Run) -> None:
+    if run.agent.turns is not None:
+        await _turns(replica, run, run.agent.turns)
+        return
     try:
         skill, arguments = _chosen(run)
     except InvalidParams as error:
@@ -120,15 +126,61 @@ async def _attempt(replica: Owner, run: Run) -> None:
         await _completed(replica, run, skill=skill, result=result)
 
 
+async def _turns(replica: Owner, run: Run, turns: Turns) -> None:
+    """Run an agent that answers message by message, until its task ends, waits or is stopped."""
+    conversation = run.conversation = Conversation(run, turns)
+    try:
+        await conversation.go_on()
+    except (Fenced, BrokerError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the agent's own failure: an end, another attempt or a dead letter
+        await _turn_failed(replica, run, turns, error=error)
+        return
+    if run.ended:
+        replica.counters.done += 1
+        _settle(replica, run)
+    else:
+        _uncancel()  # the handler may have swallowed it
+        await _stopped(replica, run)
+
+
+async def _turn_failed(replica: Owner, run: Run, turns: Turns, *, error: Exception) -> None:
+    """A turn raised. An A2A error is the caller's answer; everything else as for a skill, but tried again if asked."""
+    if run.ended:
+        log.warning("task %s: the agent raised after its end", run.task_id, exc_info=error)
+        _settle(replica, run)
+    elif isinstance(error, A2AError) and run.stop is None:
+        log.info("task %s: the agent raised %s: %s", run.task_id, error.reason, error)
+        await run.cancel_children(error.message)
+        await run.finish(State.FAILED, a2a.parts_of(error.message), error=error)
+        replica.counters.failed += 1
+        _settle(replica, run)
+    elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail) or _late(run, error):
+        await _failed(replica, run, error)
+        if _late(run, error) and run.conversation is not None:
+            await run.conversation.over(run.agent.cancel_grace)
+    else:
+        log.warning("task %s: the agent raised", run.task_id, exc_info=error)
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        await _give_up(run, text, error=text)
+        replica.counters.failed += 1
+        _settle(replica, run)
+
+
+def _late(run: Run, error: Exception) -> bool:
+    """Whether a handler was stopped because its task's deadline has passed."""
+    deadline = run.work.deadline
+    return isinstance(error, TimeoutError) and deadline is not None and deadline <= time.time() + 0.01
+
+
 async def _failed(replica: Owner, run: Run, error: Exception) -> None:
     """The handler raised: what it says about the task, unless it was being stopped anyway."""
-    deadline = run.work.deadline
     if run.stop is not None:
         # Its clean-up failed, or it made another error of its cancellation.
         log.info("task %s: the handler raised %r while it was stopped (%s)", run.task_id, error, run.stop.value)
         _uncancel()
         await _stopped(replica, run)
-    elif isinstance(error, TimeoutError) and deadline is not None and deadline <= time.time() + 0.01:
+    elif _late(run, error):
         await _end(replica, run, State.FAILED, "the deadline has passed")
     elif isinstance(error, Reject):
         await _end(replica, run, State.REJECTED, str(error))
@@ -213,13 +265,13 @@ async def _raised(replica: Owner, run: Run, error: BaseException) -> None:
     log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     final = isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded)
-    if final or run.claim.attempt >= run.agent.attempts:
-        await _give_up(run, f"failed after {run.claim.attempt} of {run.agent.attempts} attempts: {text}", error=text)
+    if final or run.tries >= run.agent.attempts:
+        await _give_up(run, f"failed after {run.tries} of {run.agent.attempts} attempts: {text}", error=text)
         replica.counters.failed += 1
         _settle(replica, run)
         return
-    pause = PAUSES[min(run.claim.attempt - 1, len(PAUSES) - 1)]
-    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.claim.attempt} failed ({text}); again in {pause:g} s"))
+    pause = PAUSES[min(run.tries - 1, len(PAUSES) - 1)]
+    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.tries} failed ({text}); again in {pause:g} s"))
     await run.log.settle()
     for ack in run.deliveries:
         replica.again(ack, pause)
@@ -233,7 +285,7 @@ async def _give_up(run: Run, text: str, *, error: str) -> None:
         caller=run.work.caller,
         reason=text,
         error=error,
-        attempts=min(run.claim.attempt, run.agent.attempts),
+        attempts=min(run.tries, run.agent.attempts),
         replica=run.replica,
         version=run.agent.version,
         message=run.claim.message,
@@ -268,10 +320,9 @@ async def _stopped(replica: Owner, run: Run) -> None:
 
 
 async def _cancelled(replica: Owner, run: Run) -> None:
-    if run.ended:
-        return
-    await run.cancel_children(run.stop_reason or "the parent was cancelled")
-    await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason) if run.stop_reason else ())
+    if not run.ended:
+        await run.cancel_children(run.stop_reason or "the parent was cancelled")
+        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason) if run.stop_reason else ())
     _settle(replica, run)
 
 
@@ -294,17 +345,19 @@ async def _suspended(replica: Owner, run: Run) -> None:
     """The task waits for an answer: it leaves memory, its claim says what wakes it."""
     await run.log.settle()
     work = run.work
-    message = records.StoredMessage(
-        work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
-    )
-    await run.journal.write(records.MESSAGE_KEY, message.encode())
+    if not run.claim.waiting:  # else it was suspended before, and has the record
+        message = records.StoredMessage(
+            work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
+        )
+        await run.journal.write(records.MESSAGE_KEY, message.encode())
     run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)
     # An answer that came while this was being written must wake the task; what came before the question is history.
     late = {given.sequence for given in run.inbox if given.sequence > run.asked}
-    for ack in run.deliveries:
-        if sequence_in(ack) in late:
+    for i, ack in enumerate(run.deliveries):
+        # Between two turns every message counts, also one that is being refused.
+        if sequence_in(ack) in late or (i > 0 and run.conversation is not None):
             replica.again(ack, 0.05)
         else:
             replica.settle(ack)

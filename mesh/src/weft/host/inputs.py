@@ -20,8 +20,10 @@ from a2a.types import a2a_pb2 as pb
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
 from weft.host import execute, takeover
+from weft.host.agent import Agent
+from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
-from weft.host.run import Input, Run, Stop, Work, sequence_in
+from weft.host.run import Awaited, Input, Run, Stop, Work, sequence_in, turn_key
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, ids, records, subjects
 from weft_protocols import headers as h
@@ -36,6 +38,8 @@ PATIENCE: Final = 120
 """Deliveries of a follow-up whose task is not there, about ten minutes, before it is dropped."""
 HAND_OVER: Final = 1.0
 """Seconds the owner has to take a delivery; then it comes again, perhaps to find a new owner."""
+LAST_WORD: Final = 1.0
+"""Seconds for a turn that was stopped after its agent had the grace to cancel it."""
 TAKEN: Final = b"taken"
 
 
@@ -112,26 +116,30 @@ class Inputs:
             self._cancel(run, _reason(delivery.data))
             return
         try:
-            message = _message(delivery, values, context=run.work.context_id)
+            request = _request(run.agent, delivery, values, context=run.work.context_id)
         except A2AError as error:
             run.deliveries.append(delivery.ack)
             work = self._refuse(run, delivery, error, values=values)
             replica.background(work, name=f"refuse for {run.task_id}")
             return
-        if run.knows(message.message_id):
+        if run.knows(request.message.message_id):
             replica.settle(delivery.ack)
             return
-        run.give(Input(delivery.sequence, message, delivery))
+        run.give(Input(delivery.sequence, request, delivery, values))
 
     def _cancel(self, run: Run, reason: str) -> None:
         replica = self._replica
-        if not run.interrupt(Stop.CANCEL, reason):
+        told = run.conversation if run.conversation is not None and run.conversation.cancellable else None
+        if not run.interrupt(Stop.CANCEL, reason, at_once=told is None):
             return
+        if told is not None:
+            replica.background(told.cancelled(run.agent.cancel_grace), name=f"cancel of {run.task_id}")
 
         def force() -> None:
             replica.background(execute.force_cancel(replica, run), name=f"force cancel of {run.task_id}")
 
-        run.force = asyncio.get_running_loop().call_later(run.agent.cancel_grace, force)
+        grace = run.agent.cancel_grace + (LAST_WORD if told is not None else 0.0)
+        run.force = asyncio.get_running_loop().call_later(grace, force)
 
     async def _refuse(self, run: Run, delivery: Delivery, error: A2AError, *, values: dict[str, str]) -> None:
         try:
@@ -176,8 +184,11 @@ class Inputs:
         async with self._owned_briefly(delivery, claim=claim, task_id=task_id, expected=expected) as run:
             if run is not None:
                 reason = _reason(delivery.data)
-                await run.cancel_children(reason or "the parent was cancelled")
-                await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
+                if run.agent.turns is not None and claim.waiting:
+                    await Conversation(run, run.agent.turns).parted(reason, grace=run.agent.cancel_grace)
+                if not run.ended:
+                    await run.cancel_children(reason or "the parent was cancelled")
+                    await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
                 for ack in run.deliveries:
                     self._replica.settle(ack)
 
@@ -204,6 +215,8 @@ class Inputs:
         token = await takeover.write_claim(replica.broker, name, task_id=task_id, claim=claim, expected=expected)
         request = pb.SendMessageRequest(message=pb.Message(context_id=claim.context))
         work = Work(name, task_id, claim.caller, claim.origin, claim.slice, request, {}, b"", b"", claim.message)
+        if replica.agent.turns is not None and claim.waiting:
+            work = await self._stored_work(claim, task_id) or work
         slot = SlotHold(replica.slots)
         slot.held = False
         run = replica.own(work, claim, token=token, slot=slot, delivery=delivery.ack, fresh=False)
@@ -219,19 +232,29 @@ class Inputs:
         finally:
             replica.disown(run)
 
+    async def _stored_work(self, claim: Claim, task_id: str) -> Work | None:
+        """The message that created a suspended task."""
+        replica = self._replica
+        agent = replica.agent.name
+        stored = await replica.broker.last(STREAM, _step(agent, task_id, records.MESSAGE_KEY))
+        if stored is None:
+            return None
+        original = StoredMessage.decode(stored.data)
+        subject = subjects.task(agent, claim.slice, claim.caller, task_id)
+        return replica.read(subject, original.data, headers=original.headers, sequence=original.sequence)
+
     async def _resume(self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int) -> None:
         """Run a suspended task again from the top; the message is the answer it waits for."""
         replica = self._replica
         agent, task_id = replica.agent.name, delivery.subject.rsplit(".", 1)[-1]
-        asked = await replica.broker.last(STREAM, _step(agent, task_id, f"{claim.waiting}-asked"))
         stored = await replica.broker.last(STREAM, _step(agent, task_id, records.MESSAGE_KEY))
-        if stored is None or asked is None or delivery.sequence < asked.seq:
-            replica.settle(delivery.ack)
-            return
         try:
-            message = _message(delivery, values, context=claim.context)
+            request = _request(replica.agent, delivery, values, context=claim.context)
         except A2AError as error:
             await self._refuse_unowned(delivery, claim=_next(claim), values=values, expected=expected, error=error)
+            return
+        if stored is None or not await self._is_answer(delivery, request, claim=claim, task_id=task_id):
+            replica.settle(delivery.ack)
             return
         await replica.slots.acquire()
         slot = SlotHold(replica.slots)
@@ -254,9 +277,10 @@ class Inputs:
             )
             token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
             run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
-            run.resumed = Input(delivery.sequence, message, delivery)
+            run.resumed = Input(delivery.sequence, request, delivery, values)
             try:
-                await self._recall(run)
+                if replica.agent.turns is None:
+                    await self._recall(run)
                 said = f"goes on with an answer, on replica {replica.id}" if claim.state == SUSPENDED else ""
                 if await replica.begin_again(run, said=said) is None:
                     return
@@ -267,6 +291,24 @@ class Inputs:
             await replica.execute(run)
         finally:
             slot.end()
+
+    async def _is_answer(
+        self, delivery: Delivery, request: pb.SendMessageRequest, *, claim: Claim, task_id: str
+    ) -> bool:
+        """Whether a suspended task waits for this message: it was not answered before, and not sent before it asked."""
+        broker, agent = self._replica.broker, self._replica.agent.name
+        awaited = Awaited.parse(claim.waiting)
+        if awaited is None:
+            asked = await broker.last(STREAM, _step(agent, task_id, f"{claim.waiting}-asked"))
+            return asked is not None and delivery.sequence >= asked.seq
+        message_id = request.message.message_id
+        if ids.task_id(claim.caller, agent, message_id) == task_id:
+            return False  # the message that created it
+        if awaited.turn == 2:
+            return True
+        stored = await broker.last(STREAM, _step(agent, task_id, turn_key(awaited.turn - 1)))
+        before = TurnRecord.decode(stored.data) if stored is not None else None
+        return before is None or message_id not in (*before.known, before.request.message.message_id)
 
     async def _recall(self, run: Run) -> None:
         """The snapshot that the last interruption named."""
@@ -306,12 +348,14 @@ def _next(claim: Claim) -> Claim:
     return replace(claim, attempt=attempt, state=records.HELD)
 
 
-def _message(delivery: Delivery, values: dict[str, str], *, context: str) -> pb.Message:
+def _request(agent: Agent, delivery: Delivery, values: dict[str, str], *, context: str) -> pb.SendMessageRequest:
+    """A follow-up; A2AError where it is to be refused."""
     a2a.check_version(values.get("a2a-version", ""))
-    message = a2a.decode(pb.SendMessageRequest, delivery.data, values.get("content-type", h.PROTOBUF)).message
-    if message.context_id not in ("", context):
-        raise InvalidRequest(f"the task belongs to context {context}, not {message.context_id}")
-    return message
+    agent.check_extensions(values.get("a2a-extensions", ""))
+    request = a2a.decode(pb.SendMessageRequest, delivery.data, values.get("content-type", h.PROTOBUF))
+    if request.message.context_id not in ("", context):
+        raise InvalidRequest(f"the task belongs to context {context}, not {request.message.context_id}")
+    return request
 
 
 def _message_id(delivery: Delivery, values: dict[str, str]) -> str:

@@ -1,28 +1,30 @@
-"""An agent replica as a process: `python -m weft.host TARGET` and `mesh run TARGET`."""
+"""An agent replica as a process: `python -m weft.host TARGET [CARD NAME]` and `mesh run TARGET`.
+
+`python -m weft.host --bridge NAME URL [HEADER=VARIABLE…]` is one of a bridge.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import platform
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from weft.client import coordinator
+from weft.core import process
 from weft.core.broker import Broker
 from weft.core.config import load_settings
 from weft.core.supervise import Tasks
 from weft.host.agent import Agent
-from weft.host.loading import load_agent
+from weft.host.loading import load_agent, load_bridge, load_executor
 from weft.host.replica import CLOSING, Replica
 from weft_protocols.errors import BrokerError, InvalidConfig, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import DURABILITY, Durability
@@ -37,33 +39,32 @@ HEARTBEAT: Final = 2.0
 def main(arguments: list[str] | None = None) -> int:
     """Run the agent a target names until SIGTERM or SIGINT; the exit code of its end."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(
-        level=os.environ.get("WEFT_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m weft.host path/to/file.py[:name]\n")
+    process.log_to_stderr()
+    bridges = arguments[:1] == ["--bridge"]
+    if len(arguments) < 3 if bridges else len(arguments) not in (1, 3):
+        sys.stderr.write(
+            "usage: python -m weft.host path/to/file.py[:name] [card.json agent-name]\n"
+            "       python -m weft.host --bridge agent-name URL [HEADER=VARIABLE...]\n"
+        )
         return 2
     try:
-        agent = load_agent(arguments[0])
-        # What is loaded stays; what a task leaves in cycles is little, and looking for it after every 700 objects dear.
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
+        agent = _load(arguments[1:], bridge=True) if bridges else _load(arguments)
+        process.collect_seldom()
         return int(run_loop(serve(agent)))
     except WeftError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
 
 
+def _load(arguments: list[str], *, bridge: bool = False) -> Agent:
+    if bridge:
+        return load_bridge(*arguments)
+    return load_agent(arguments[0]) if len(arguments) == 1 else load_executor(*arguments)
+
+
 def run_loop(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop where it is installed. A handler that does not stop cannot keep it from returning."""
-    make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        make = uvloop.new_event_loop
-    loop = make()
+    loop = process.loop_factory()()
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(work)
@@ -107,11 +108,10 @@ async def serve(agent: Agent, *, grace: float | None = None, home: Path | None =
     try:
         replica = Replica(agent, broker, durability=_durability())
         background = Tasks(f"process of {agent.name}")
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, replica.stop)
-        _watch_parent(replica)
+        process.leave_when_told(replica.stop)
         background.start(_report(replica), name="report to the coordinator")
+        for service in agent.services:
+            background.start(service(), name=f"service of {agent.name}")
         try:
             await replica.run(grace=seconds, ready=lambda: _ready(replica))
         finally:
@@ -132,27 +132,14 @@ def _durability() -> Durability:
     return DURABILITY.get(os.environ.get("WEFT_DURABILITY", "laptop"), DURABILITY["laptop"])
 
 
-def _watch_parent(replica: Replica) -> None:
-    """Drain when the process that started this one is gone: its end of the pipe is then closed."""
-    number = os.environ.get("WEFT_PARENT_FD", "")
-    if number.isdigit():
-        fd = int(number)
-        loop = asyncio.get_running_loop()
-
-        def gone() -> None:
-            loop.remove_reader(fd)
-            replica.stop()
-
-        loop.add_reader(fd, gone)
-
-
 async def _report(replica: Replica) -> None:
     """Register with the coordinator and report to it. Its absence is no error: nothing here depends on it."""
-    registered, refused = False, ""
+    registered, refused, shown = False, "", replica.agent.card
     while True:
         try:
-            if not registered:
-                await coordinator.register(replica.broker, _registration(replica))
+            if not registered or replica.agent.card is not shown:
+                shown = replica.agent.card
+                _tell_superseded(replica, await _register(replica))
             registered = await coordinator.heartbeat(replica.broker, replica.agent.name, _heartbeat(replica))
             refused = ""
         except (Unavailable, Unreachable, TimedOut) as error:
@@ -164,6 +151,27 @@ async def _report(replica: Replica) -> None:
                 log.error("the coordinator refused this replica: %s", error)
             refused = str(error)
         await asyncio.sleep(HEARTBEAT)
+
+
+async def _register(replica: Replica) -> dict[str, Any]:
+    body = _registration(replica)
+    return await coordinator.call(replica.broker, "register", body, timeout=coordinator.CHANGE_TIMEOUT)
+
+
+def _tell_superseded(replica: Replica, answer: dict[str, Any]) -> None:
+    """Say that callers see another card of this agent than the one that comes with this code."""
+    card = answer.get("card", {})
+    if not card.get("current", True):
+        name = replica.agent.name
+        log.warning(
+            "callers see the card of version %s of %s, not that of this replica (%s): this card was replaced before, "
+            "or its version is lower; raise the version, or bring it back with: mesh agents pin %s %s",
+            card.get("version"),
+            name,
+            replica.agent.version,
+            name,
+            replica.agent.version,
+        )
 
 
 def _registration(replica: Replica) -> dict[str, Any]:
@@ -199,6 +207,7 @@ def code_digest(agent: Agent) -> str:
         getattr(skill.handler, "__code__", None) and skill.handler.__code__.co_filename
         for skill in agent.skills.values()
     }
+    files.add(agent.turns.source if agent.turns is not None else None)
     for name in sorted(str(file) for file in files if file):
         path = Path(name)
         digest.update(path.read_bytes() if path.is_file() else name.encode())

@@ -127,7 +127,7 @@ class Replica:
             if loop is not None:
                 await loop.stop()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted:
+            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True
@@ -300,13 +300,15 @@ class Replica:
                 self.disown(run)
                 return None
             run.log.last = takeover.event_number(event)
+            run.partial = event is not None and run.base is None
             if takeover.begun_by(event, self.id, run.claim.attempt):
                 run.log.last_state = State.WORKING
                 return run
             # Whoever stalled between its claim and this read could otherwise write among a later owner's events.
             await run.fence.renew()
             said = said or f"attempt {run.claim.attempt}, on replica {self.id}"
-            status = run.status_event(State.WORKING, a2a.parts_of(said))
+            # Where an agent speaks A2A itself, only its own words go into the history.
+            status = run.status_event(State.WORKING, a2a.parts_of(said) if self.agent.turns is None else ())
             headers = h.block(
                 h.fields(
                     {

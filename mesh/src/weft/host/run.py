@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from a2a.types import a2a_pb2 as pb
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from weft.host.agent import Agent
 
 
+TURN_KEY: Final = "_turn"
+
+
 def sequence_in(ack: str) -> int:
     """Stream sequence in an acknowledgement subject, 0 where there is none."""
     tokens = ack.split(".")
@@ -50,13 +53,49 @@ class Stop(enum.Enum):
     SUSPEND = "suspend"
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """What a task waits for between two turns, as its claim says it (`Claim.waiting`)."""
+
+    turn: int
+    """Number of the turn that the next message begins."""
+    snapshot: str
+    """Step key of the task as it is until then."""
+    attempt: int
+    """Of the claim that let go of it: what was lost in earlier turns does not count against later ones."""
+
+    def __str__(self) -> str:
+        return f"{turn_key(self.turn)} {self.snapshot} {self.attempt}"
+
+    @staticmethod
+    def parse(waiting: str) -> Awaited | None:
+        """What `waiting` says; None where the task waits for nothing, or for the answer to a question."""
+        key, _, rest = waiting.partition(" ")
+        snapshot, _, attempt = rest.partition(" ")
+        name, _, number = key.rpartition("-")
+        if name != TURN_KEY or not number.isdigit() or not attempt.isdigit():
+            return None
+        return Awaited(int(number), snapshot, int(attempt))
+
+
+def turn_key(number: int) -> str:
+    """Step key of the record that says which message a turn answers."""
+    return f"{TURN_KEY}-{number}"
+
+
 @dataclass(slots=True)
 class Input:
     """A follow-up message that was delivered to the owner of its task."""
 
     sequence: int
-    proto: pb.Message
+    request: pb.SendMessageRequest
     delivery: Delivery
+    headers: dict[str, str]
+
+    @property
+    def proto(self) -> pb.Message:
+        """The message as A2A has it."""
+        return self.request.message
 
     @property
     def message(self) -> Message:
@@ -107,6 +146,23 @@ class Work:
         return int(value) / 1000 if value.isdigit() else None
 
 
+class Told(Protocol):
+    """An agent that answers message by message, and is told when its task is ended from outside."""
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether a turn runs, and the agent wants to be told."""
+        ...
+
+    async def cancelled(self, grace: float) -> None:
+        """Tell it that its task is cancelled, then stop the turn that runs."""
+        ...
+
+    async def over(self, grace: float) -> None:
+        """Tell it that its task has ended."""
+        ...
+
+
 @dataclass(slots=True)
 class Run:
     """A task that this replica owns."""
@@ -126,10 +182,16 @@ class Run:
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
+    """Ids of messages that earlier turns answered."""
+    conversation: Told | None = None
+    """Where its agent answers message by message."""
     written: list[pb.StreamResponse] = field(default_factory=list)
     """Events of this attempt, for the snapshot of an interruption."""
     base: pb.Task | None = None
     """Snapshot of what earlier attempts wrote."""
+    partial: bool = False
+    """Whether an earlier attempt wrote events that are known here by no snapshot."""
     children: dict[str, Child] = field(default_factory=dict)
     listed: int = 0
     """How many of them are stored."""
@@ -162,13 +224,19 @@ class Run:
         """The claim it runs under."""
         return self.fence.claim
 
-    def interrupt(self, stop: Stop, reason: str = "") -> bool:
-        """Stop the handler at its next await; False if it is being stopped already."""
+    @property
+    def tries(self) -> int:
+        """Number of this attempt since the task last waited between two turns, from 1."""
+        awaited = Awaited.parse(self.claim.waiting) if self.claim.waiting else None
+        return self.claim.attempt - (awaited.attempt - 1 if awaited is not None else 0)
+
+    def interrupt(self, stop: Stop, reason: str = "", *, at_once: bool = True) -> bool:
+        """Stop the handler at its next await, or leave that to the caller; False if it is being stopped already."""
         if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
             return False  # the event that ends the task is on its way already
         self.stop, self.stop_reason = stop, reason
         self.slot.leaving = True
-        if self.runner is not None:
+        if self.runner is not None and at_once:
             self.runner.cancel(f"task {self.task_id}: {stop.value}")
         return True
 
@@ -181,7 +249,7 @@ class Run:
 
     def knows(self, message_id: str) -> bool:
         """Whether a message of the caller is known already: it was delivered before, or is recorded."""
-        return any(message.message_id == message_id for message in self.history)
+        return message_id in self.known or any(message.message_id == message_id for message in self.history)
 
     def recall(self, answer: pb.Message) -> None:
         """An answer that an earlier attempt recorded: should it be delivered again, it is history."""
@@ -306,11 +374,16 @@ class Run:
         return task
 
     async def save_snapshot(self) -> bytes:
-        """Store the folded task; header lines by which the next event names it, none where it is too large."""
+        """Store the folded task; header lines by which the next event names it.
+
+        None where it is too large, or not all of it is known: readers then fold the events themselves.
+        """
+        if self.partial:
+            return b""
         key = f"{records.SNAPSHOT_KEY}-{self.log.last + 1}"
         data = self.snapshot().SerializeToString()
         if len(data) > 2 * blobs.LIMIT:
-            return b""  # readers then fold the events themselves
+            return b""
         await self.journal.write(key, data)
         return h.fields({h.SNAPSHOT: subjects.step_token(key)})
 

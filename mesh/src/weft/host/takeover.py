@@ -86,7 +86,7 @@ def event_number(event: Stored | None) -> int:
 
 def begun_by(event: Stored | None, replica: str, attempt: int) -> bool:
     """Whether the last event is a replica's own word that this attempt begins (its acknowledgement was lost)."""
-    if event is None:
+    if event is None or state(event) is not State.WORKING:
         return False
     wrote, number = h.get(event.headers, b"Weft-Replica"), h.get(event.headers, b"Weft-Attempt")
     return wrote == replica.encode() and number == b"%d" % attempt

@@ -16,13 +16,15 @@ from weft.cli.supervisor.process import Process, ProcessSpec, Surroundings
 from weft.cli.supervisor.unit import State, Unit
 from weft.core.broker import Broker
 from weft.core.config import CONFIG_NAME, AgentConfig, MeshConfig, did_you_mean, load_mesh_config
-from weft.core.home import Home
+from weft.core.gatewayconf import INSTALL, missing_modules
+from weft.core.home import GatewayRecord, Home
 from weft.core.server import EmbeddedServer
 from weft.core.topology import reconcile
 from weft_protocols.errors import UsageError, WeftError
 from weft_protocols.resources import topology
 
 COORDINATOR: Final = "coordinator"
+GATEWAY: Final = "gateway"
 COORDINATOR_WITHIN: Final = 20.0
 """Seconds the first agents wait for the coordinator; tasks run without it, so no longer."""
 MOST_REPLICAS: Final = 1000
@@ -40,12 +42,14 @@ class Timing:
     """Beyond an agent's own grace, in which it hands back what it cannot finish."""
     coordinator_grace: float = 10.0
     """Between SIGTERM and SIGKILL of the coordinator."""
+    gateway_grace: float = 10.0
+    """In which calls and streams under way at the gateway may end, before it ends them."""
     margin: float = 10.0
     """Beyond a process's grace, until a shutdown goes on without it."""
 
 
 class Fleet:
-    """Broker, coordinator and agents of one `mesh.yaml`.
+    """Broker, coordinator, gateway and agents of one `mesh.yaml`.
 
     Args:
         config: what to run; read again at every restart.
@@ -76,6 +80,7 @@ class Fleet:
         self._closing = False
         self._broker = BrokerUnit(self._server(), around, prepare=self._apply_topology)
         self._coordinator = self._make_coordinator()
+        self._gateway: Process | None = None
         self._replicas: dict[str, dict[int, Process]] = {}
         self._retiring: list[Process] = []
 
@@ -84,6 +89,7 @@ class Fleet:
         await self._broker.begin()
         self._group.create_task(self._broker.run())
         self._group.create_task(self._coordinator.run())
+        self._gateway = self._begin_gateway()
         for agent in self._config.agents.values():
             self._replicas[agent.name] = {
                 n: self._launch(self._replica(agent, n)) for n in range(1, agent.replicas + 1)
@@ -101,20 +107,32 @@ class Fleet:
     @property
     def units(self) -> list[Unit]:
         """Every process, in the order in which they are shown."""
-        return [self._broker, self._coordinator, *self._agents()]
+        gateway = [self._gateway] if self._gateway is not None else []
+        return [self._broker, self._coordinator, *gateway, *self._agents()]
+
+    @property
+    def addresses(self) -> GatewayRecord | None:
+        """Where the gateway is, once it serves."""
+        if self._gateway is None or self._gateway.state is not State.READY:
+            return None
+        record = GatewayRecord.read(self._home)
+        return record if record is not None and record.pid == self._gateway.pid else None
 
     def kill_agents(self) -> None:
-        """Do not wait for the agents."""
-        for process in self._agents():
+        """Do not wait for the agents and whoever follows them."""
+        for process in (*self._agents(), *([self._gateway] if self._gateway is not None else ())):
             process.kill()
 
     async def drain_all(self) -> None:
-        """Have the agents finish what they do, then end the coordinator, then the broker."""
+        """Have the agents finish what they do, then end the coordinator, then the broker.
+
+        The gateway takes nothing new meanwhile, and passes on what the agents finish.
+        """
         self._closing = True
         agents = self._agents()
         if any(process.state is State.READY for process in agents):
             self._say("draining the agents")
-        await self._drain(agents)
+        await self._drain([*agents, *([self._gateway] if self._gateway is not None else ())])
         await self._drain([self._coordinator])
         await self._broker.stop()
         await self._broker.reaches(State.STOPPED, timeout=2 * self._timing.margin)
@@ -138,6 +156,8 @@ class Fleet:
             if name is not None:
                 return await self._restart_named(name, before, tell)
             done = await self._restart_coordinator(tell)
+            if self._gateway is not None or self._config.gateway.enabled:
+                done += await self._restart_gateway(tell)
             for agent in sorted(self._replicas.keys() | self._config.agents.keys()):
                 done += await self._restart_agent(agent, before, tell)
             return done
@@ -201,11 +221,33 @@ class Fleet:
         )
         return Process(spec, self._around, may_start=self._broker_ready)
 
+    def _begin_gateway(self) -> Process | None:
+        """Start the gateway, if it is wanted and what it needs is installed."""
+        if not self._config.gateway.enabled:
+            return None
+        if missing := missing_modules():
+            self._say(
+                f"no gateway: {', '.join(missing)} not installed; {INSTALL} adds HTTP and gRPC, "
+                "`gateway: false` in mesh.yaml does without"
+            )
+            return None
+        grace = self._timing.gateway_grace
+        spec = ProcessSpec(
+            GATEWAY,
+            GATEWAY,
+            (sys.executable, "-m", "weft.gateway"),
+            self._environment(GATEWAY, WEFT_GRACE=f"{grace:g}"),
+            self._config.folder,
+            ready_within=self._timing.ready_within,
+            grace=grace + self._timing.kill_after,
+        )
+        return self._launch(spec)
+
     def _replica(self, agent: AgentConfig, n: int) -> ProcessSpec:
         return ProcessSpec(
             f"{agent.name}.{n}",
             "agent",
-            (sys.executable, "-m", "weft.host", agent.run),
+            (sys.executable, "-m", "weft.host", *agent.target),
             self._environment(agent.name, agent.env, WEFT_GRACE=f"{agent.grace:g}"),
             self._config.folder,
             agent=agent.name,
@@ -259,6 +301,8 @@ class Fleet:
             return await self._restart_agent(name, before, tell)
         if name == COORDINATOR:
             return await self._restart_coordinator(tell)
+        if name == GATEWAY and (self._gateway is not None or self._config.gateway.enabled):
+            return await self._restart_gateway(tell)
         if name == "broker":
             return await self._restart_broker(tell)
         agent, _, number = name.rpartition(".")
@@ -327,6 +371,17 @@ class Fleet:
         self._run(self._coordinator)
         await self._until_ready(self._coordinator, tell)
         return [COORDINATOR]
+
+    async def _restart_gateway(self, tell: Tell) -> list[str]:
+        """End the old one first: it has the ports. What it followed can be resubscribed at the new one."""
+        if self._gateway is not None:
+            await self._drain([self._gateway])
+        self._gateway = self._begin_gateway()
+        if self._gateway is None:
+            tell("the gateway does not run any more")
+            return [GATEWAY]
+        await self._until_ready(self._gateway, tell)
+        return [GATEWAY]
 
     async def _restart_broker(self, tell: Tell) -> list[str]:
         self._broker.bounce()

@@ -136,6 +136,8 @@ class Supervisor:
     async def _announce(self, fleet: Fleet) -> None:
         for unit in fleet.units:
             await unit.reaches(State.READY, State.FAILED, State.STOPPED, timeout=None)
+        if (gateway := fleet.addresses) is not None:
+            self._listener.say(f"agents are at {gateway.http}/agents, by gRPC at {gateway.grpc}")
         self._listener.up(fleet.url, fleet.units)
 
     async def _operate(self, fleet: Fleet, operation: str, *, arguments: Mapping[str, Any], tell: Tell) -> Any:
