@@ -86,8 +86,13 @@ async def main() -> None:
         directory = CardDirectory(mesh.broker, mesh.caller)
         card = await directory.card(AGENT)
         transport = weft.a2a.NatsTransport(Operations(mesh, directory), card, AGENT)
+        running = set[asyncio.Task[None]]()
         while line := await lines.readline():
-            calls.create_task(answer(transport, json.loads(line)))
+            call = calls.create_task(answer(transport, json.loads(line)))
+            running.add(call)
+            call.add_done_callback(running.discard)
+        for call in running:
+            call.cancel()  # streams that nobody reads any more
 
 
 if __name__ == "__main__":

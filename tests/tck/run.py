@@ -30,6 +30,8 @@ SUT = "http://127.0.0.1:9999"
 MESH = (sys.executable, "-m", "weft.cli.main")
 UP_WITHIN = 90
 KIT_WITHIN = 900
+HTTP_NAMES = "not (grpc or http_json or _rest or HttpJson or Sse or TestJsonRpcFormat or TestJsonRpcStreaming)"
+"""Tests of another binding, or of HTTP headers."""
 HTTP_ONLY = ("agent_card", "jsonrpc", "http_json", "grpc")
 """Folders of the kit's tests that speak HTTP or gRPC themselves, whatever client they are given."""
 
@@ -56,7 +58,7 @@ def run_kit(kit: Path, python: str, folder: Path, *, nats: bool) -> dict[str, tu
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     if nats:
-        command += ["-p", "nats_slot", "--transport=jsonrpc", "-k", "not (grpc or http_json or HttpJson or Sse)"]
+        command += ["-p", "nats_slot", "--transport=jsonrpc", "-k", HTTP_NAMES]
         command += [f"--ignore=tests/compatibility/{name}" for name in HTTP_ONLY]
         env["WEFT_TCK_SIDE"] = f"{sys.executable} {HERE / 'nats_side.py'}"
         env["WEFT_HOME"] = str(folder / ".weft")

@@ -106,7 +106,7 @@ class EmbeddedServer:
             ) from None
 
     async def stop(self, *, grace: float = GRACE) -> None:
-        """Stop the server if this object owns it: SIGTERM, and SIGKILL after `grace` seconds, at once for 0. Idempotent."""
+        """Stop the server if this object owns it: SIGTERM, and SIGKILL after `grace` seconds. Idempotent."""
         if self.owned and self._process is not None:
             await _end(self._process, grace)
         self._forget()
