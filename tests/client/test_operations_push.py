@@ -75,7 +75,7 @@ async def test_configs_are_made_read_and_removed(gina: Operations, bob: Operatio
 async def test_a_webhook_without_a_url_refuses_the_message(office: Office, gina: Operations, saying: Saying) -> None:
     hook = pb.TaskPushNotificationConfig(url="not a url")
     request = saying("no url", configuration=pb.SendMessageConfiguration(task_push_notification_config=hook))
-    with pytest.raises(InvalidParams, match="no http or https URL"):
+    with pytest.raises(InvalidParams, match="it must begin with https"):
         await gina.send_message("clerk", request)
     assert "no url" not in office.clerk.runs
 

@@ -79,33 +79,13 @@ class Bearer(ClientCallInterceptor):
         pass
 
 
-class OneVersion(grpc.aio.UnaryUnaryClientInterceptor):
-    """Takes the SDK's own `a2a-version` out of a call that names another one: its gRPC transport sends both."""
-
-    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return await continuation(_one_version(details), request)
-
-
-class OneVersionOfStream(grpc.aio.UnaryStreamClientInterceptor):
-    """The same for calls that stream."""
-
-    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return await continuation(_one_version(details), request)
-
-
-def _one_version(details: Any) -> Any:
-    versions = [value for name, value in details.metadata if name == "a2a-version"]
-    kept = [(name, value) for name, value in details.metadata if name != "a2a-version"]
-    return details._replace(metadata=grpc.aio.Metadata(*kept, ("a2a-version", versions[-1])))
-
-
 def web_client() -> httpx.AsyncClient:
     """An HTTP client that loads no certificates, which takes longer than most tests."""
     return httpx.AsyncClient(timeout=PATIENCE, verify=False)
 
 
 def _channel(url: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(url, interceptors=[OneVersion(), OneVersionOfStream()])
+    return grpc.aio.insecure_channel(url)
 
 
 @dataclass
