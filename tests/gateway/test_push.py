@@ -724,7 +724,10 @@ async def test_a_holder_that_stood_still_sends_nothing_more(stage: Stage) -> Non
     await stage.hook(other, receiver.url())
     await other.result(20)
     await receiver.all_of(other, stage.mesh)
-    assert receiver.numbers(handle) == wanted
+    numbers = receiver.numbers(handle)
+    assert numbers[: len(wanted)] == wanted
+    # The holder that slept would go on with its second event; the other one may repeat the last, as promised.
+    assert set(numbers[len(wanted) :]) <= {wanted[-1]}
 
 
 # Many ------------------------------------------------------------------------------------------------------
