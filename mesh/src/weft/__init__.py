@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from weft.client.reads import Page
     from weft.client.watch import Event
     from weft.host.agent import Agent
-    from weft.host.task import StepOptions, Task, current_idempotency_key
+    from weft.host.steps import StepOptions, current_idempotency_key
+    from weft.host.task import Task
     from weft_protocols.errors import (
         A2AError,
         Backpressure,
@@ -41,7 +42,8 @@ _HOME = {
     "weft.client.reads": ("Page",),
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
-    "weft.host.task": ("StepOptions", "Task", "current_idempotency_key"),
+    "weft.host.steps": ("StepOptions", "current_idempotency_key"),
+    "weft.host.task": ("Task",),
     "weft_protocols.errors": (
         "A2AError",
         "Backpressure",

@@ -22,6 +22,11 @@
     │   ├── TaskFailed, TaskRejected, TaskCanceled
     │   └── TaskInterrupted         it waits for input or authorisation
     ├── DeadlineExceeded            the deadline of a task, step or call passed
+    │   └── LockTimeout             a lock was not granted within its `wait`
+    ├── DeadlockError               chosen to break a deadlock; `cycle` names it       (retryable)
+    ├── LockLost                    a lock's lease ended, or an operator released it
+    ├── DelegationLoop              a chain of delegations is too long, or comes back  `kind`, `chain`
+    ├── CircuitOpen                 calls to an agent fail, so none is made for now    (retryable)
     ├── Fail, Reject                raised by a handler: end the task as failed or rejected
     ├── AgentNotFound               no agent of that name on this mesh
     └── Unavailable                 a part of the mesh needed for this is not running
@@ -123,6 +128,69 @@ class DeadlineExceeded(WeftError):
     """The deadline of a task, a step or a call passed."""
 
     exit_code = 7
+
+
+class LockTimeout(DeadlineExceeded):
+    """A lock was not granted within its `wait`. Nothing is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class CycleEdge:
+    """One wait of a deadlock: a task, and what it waits for until `holder` lets go."""
+
+    agent: str
+    task: str
+    kind: str
+    """`lock`, `child`, `order` (an earlier task of the same context) or `approval`."""
+    target: str
+    """Name of the lock, else the id of the task waited for."""
+    holder: str = ""
+    """Id of the task that holds the lock; the target where that is a task."""
+
+    def __str__(self) -> str:
+        waits = {
+            "lock": f"waits for lock {self.target!r}",
+            "child": f"waits for its child {self.target}",
+            "order": f"waits for its turn in its context, after {self.target}",
+        }.get(self.kind, f"waits for {self.kind} {self.target}")
+        held = f", held by {self.holder}" if self.holder not in ("", self.target) else ""
+        return f"{self.agent}/{self.task} {waits}{held}"
+
+
+class DeadlockError(WeftError):
+    """This task was chosen to give way in a deadlock. What it held is released when its attempt ends."""
+
+    retryable = True
+
+    def __init__(self, message: str = "", *, cycle: tuple[CycleEdge, ...] = ()) -> None:
+        super().__init__(message or "deadlock: " + "; ".join(str(edge) for edge in cycle))
+        self.cycle = cycle
+        """The waits in order: each one's holder is the next one's task, and the last leads to the first."""
+
+
+class LockLost(WeftError):
+    """A lock is not held any more: its lease ended or an operator released it. Stop what it protected."""
+
+
+class DelegationLoop(WeftError):
+    """A delegation was not made because its chain would be too long or come back to where it was."""
+
+    def __init__(self, message: str = "", *, kind: str = "", chain: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.kind = kind
+        """`hops`, `re-entry` or `repetition`."""
+        self.chain = chain
+        """The `agent/task` items of the chain, the root first."""
+
+
+class CircuitOpen(WeftError):
+    """Calls to an agent failed too often; none is made before `retry_after` seconds have passed."""
+
+    retryable = True
+
+    def __init__(self, message: str = "", *, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class AgentNotFound(WeftError):

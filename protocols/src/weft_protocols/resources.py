@@ -22,6 +22,20 @@ PUSH_KEEP: Final = 30 * 86_400.0
 """Seconds a push notification config is kept after it was last set."""
 PUSH_JOBS: Final = 1_000_000
 """Deliveries under way, waiting for an event or for their next attempt. Each counts until its task has ended."""
+COORD: Final = "MESH_COORD"
+"""What the coordinator decides; no account but MESH reaches it."""
+DECIDED: Final = "mesh.decided"
+"""Subject of the coordinator's log: each message expects the one before, so that it has one writer at a time."""
+LEASE: Final = "mesh.lead.coordinator"
+"""Subject of the leader's lease, a message with a time to live."""
+SNAPSHOTS: Final = "mesh.snap"
+"""Prefix of snapshots of the coordinator's state: `mesh.snap.head` names the chunks `mesh.snap.{id}.{n}`."""
+SCHEDULES: Final = "mesh.schedule"
+"""Prefix of schedules, `mesh.schedule.{name}`: the broker stores a message on `mesh.due.{name}` when one is due."""
+DUE: Final = "mesh.due"
+"""Prefix of what is due."""
+DUE_CONSUMER: Final = "due"
+"""The consumer through which the leader starts scheduled tasks."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -69,6 +83,10 @@ class StreamSpec:
     """Seconds in which a repeated `Nats-Msg-Id` is recognised."""
     replicas: int = 1
     discard: str = "new"
+    ttl: bool = False
+    """Whether messages may have a time to live of their own."""
+    schedules: bool = False
+    """Whether the broker stores messages at times that other messages name."""
     republish: tuple[str, str] | None = None
     """(source pattern, destination) of the live feed."""
 
@@ -92,6 +110,10 @@ class StreamSpec:
             "deny_delete": True,
             "deny_purge": False,
         }
+        if self.ttl:
+            config["allow_msg_ttl"] = True
+        if self.schedules:
+            config |= {"allow_msg_schedules": True, "allow_rollup_hdrs": True}
         if self.republish is not None:
             config["republish"] = {"src": self.republish[0], "dest": self.republish[1]}
         return config
@@ -149,6 +171,14 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             ),
         ),
         StreamSpec(BLOBS, ("mesh.blob.>",), replicas=replicas, max_age=keep),
+        StreamSpec(
+            COORD,
+            (DECIDED, LEASE, f"{SNAPSHOTS}.>", f"{SCHEDULES}.*", f"{DUE}.*"),
+            replicas=replicas,
+            discard="old",  # the broker does not allow schedules otherwise; without a limit nothing is discarded
+            ttl=True,
+            schedules=True,
+        ),
         StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
         StreamSpec(
             PUSH,
@@ -186,6 +216,11 @@ def push_consumer() -> ConsumerSpec:
     )
 
 
+def due_consumer() -> ConsumerSpec:
+    """The durable consumer of schedules that are due: acknowledged once the task they start is accepted."""
+    return ConsumerSpec(COORD, DUE_CONSUMER, f"{DUE}.*", 20.0, description="scheduled tasks that are due")
+
+
 def topology(
     agents: tuple[str, ...], durability: str, *, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1
 ) -> Topology:
@@ -194,4 +229,6 @@ def topology(
     if profile is None:
         raise InvalidConfig(f"durability {durability!r} is unknown; use one of {', '.join(DURABILITY)}")
     made = tuple(spec for agent in agents for spec in consumers(subjects.check_name(agent), profile))
-    return Topology(streams(replicas=replicas, keep=keep, max_bytes=max_bytes), (*made, push_consumer()), agents)
+    return Topology(
+        streams(replicas=replicas, keep=keep, max_bytes=max_bytes), (*made, push_consumer(), due_consumer()), agents
+    )

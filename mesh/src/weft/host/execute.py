@@ -15,7 +15,8 @@ from weft.host import values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
 from weft.host.run import Run, Stop, sequence_in
-from weft.host.task import Task, call
+from weft.host.steps import call
+from weft.host.task import Task
 from weft_protocols import a2a, records
 from weft_protocols.errors import (
     A2AError,
