@@ -35,6 +35,8 @@ PUBLIC_NAMES = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",

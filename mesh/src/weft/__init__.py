@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weft.host.agent import Agent
     from weft.host.steps import StepOptions, current_idempotency_key
     from weft.host.task import Task
+    from weft.host.tools import ToolResult
     from weft_protocols.errors import (
         A2AError,
         Backpressure,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         TaskInterrupted,
         TaskNotFound,
         TaskRejected,
+        ToolError,
         Unavailable,
         Unreachable,
         WeftError,
@@ -44,6 +46,7 @@ _HOME = {
     "weft.host.agent": ("Agent",),
     "weft.host.steps": ("StepOptions", "current_idempotency_key"),
     "weft.host.task": ("Task",),
+    "weft.host.tools": ("ToolResult",),
     "weft_protocols.errors": (
         "A2AError",
         "Backpressure",
@@ -56,6 +59,7 @@ _HOME = {
         "TaskInterrupted",
         "TaskNotFound",
         "TaskRejected",
+        "ToolError",
         "Unavailable",
         "Unreachable",
         "WeftError",
@@ -91,6 +95,8 @@ __all__ = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",

@@ -46,6 +46,7 @@ def assess(facts: Facts) -> list[Check]:
         *_streams(facts),
         _coordinator(facts),
         *_gateway(facts),
+        *_sidecar(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
         *_other_processes(facts),
     ]
@@ -86,6 +87,19 @@ def _coordinator(facts: Facts) -> Check:
     state = f" (its process is {row['state']}{reason})" if row is not None else ""
     after = "mesh restart coordinator" if row is not None else "mesh ps"
     return Check("coordinator", DOWN, f"{facts.silence}{state}; tasks run on, locks and lists wait", after)
+
+
+def _sidecar(facts: Facts) -> Iterator[Check]:
+    """The sidecar, where one runs here or should."""
+    row = next((row for row in facts.processes or () if row["kind"] == "sidecar"), None)
+    if row is None:
+        return
+    if row["state"] == "ready":
+        yield Check("sidecar", OK, f"pid {row['pid']}")
+    else:
+        failed = row["state"] == "failed"
+        after = "mesh restart sidecar" if failed else "mesh logs sidecar"
+        yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:
@@ -195,7 +209,7 @@ def _alive(replica: ReplicaFacts) -> bool:
 
 def _other_processes(facts: Facts) -> Iterator[Check]:
     for row in facts.processes or ():
-        if row["kind"] not in ("coordinator", "gateway", "agent") and row["state"] != "ready":
+        if row["kind"] not in ("coordinator", "gateway", "sidecar", "agent") and row["state"] != "ready":
             status = DOWN if row["state"] in ("down", "failed") else DEGRADED
             yield Check(f"process {row['name']}", status, row["reason"] or row["state"], f"mesh logs {row['name']}")
 

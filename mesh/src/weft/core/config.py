@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.toolsconf import SidecarConfig, ToolServer, read_sidecar, read_tools
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -179,6 +180,9 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    tools: Mapping[str, ToolServer] = field(default_factory=dict)
+    """Tool servers that stand in the file; `mesh tools add` registers others."""
+    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -214,7 +218,8 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        fields = self.mapping(root, "", ("name", "broker", "agents", "callers", "gateway")) if root is not None else {}
+        known = ("name", "broker", "agents", "callers", "gateway", "tools", "sidecar")
+        fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
@@ -225,6 +230,8 @@ class _Reader(YamlReader):
             agents=agents,
             callers=self._callers(fields.get("callers"), agents),
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
+            tools=read_tools(self, fields.get("tools"), folder=folder),
+            sidecar=read_sidecar(self, fields.get("sidecar")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

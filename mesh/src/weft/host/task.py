@@ -15,6 +15,7 @@ from weft.host import values
 from weft.host.delegation import Delegating
 from weft.host.run import Run
 from weft.host.steps import StepOptions, try_step
+from weft.host.tools import Tools
 from weft.host.waiting import Waiting
 from weft_protocols import a2a
 from weft_protocols.errors import StepChanged
@@ -95,6 +96,11 @@ class Task(Delegating, Waiting):
     def deadline(self) -> float | None:
         """Unix seconds after which the task is failed, or None."""
         return self._run.work.deadline
+
+    @property
+    def tools(self) -> Tools:
+        """The tools it may use."""
+        return Tools(self._run)
 
     # What is said about it ---------------------------------------------------------------------
 
