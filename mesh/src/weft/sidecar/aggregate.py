@@ -81,8 +81,6 @@ class Aggregate:
         if method == "subscriptions/listen":
             await self._plane.events.listen((EVERY,), params.get("notifications"), ident=request.id, heard=heard)
             return {"resultType": "complete", "_meta": {META_SUBSCRIPTION: request.id}}
-        if method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
-            return {}
         raise ToolError(f"{method} is not served here", code=METHOD_NOT_FOUND)
 
     async def _one(self, request: Request, server: str, params: Mapping[str, Any], heard: Heard) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ from mcp.server.lowlevel import Server
 
 from weft.core.supervise import Tasks
 from weft.sidecar.backend import Backend, Request
+from weft.sidecar.legacy import LegacyClient
+from weft.sidecar.link import Heard
 from weft_protocols.errors import ToolError
-from weft_protocols.mcp import EVERY, VERSION
+from weft_protocols.mcp import EVERY, META_CAPABILITIES, META_VERSION, VERSION
 
 log = logging.getLogger("weft.sidecar")
 
 HANDSHAKE: Final = "initialize"
+HANDSHAKEN: Final = "notifications/initialized"
+CLIENT: Final = "weft.client"
+"""Where a connection keeps its `LegacyClient`."""
 OWN: Final = ("ping",)
 """Methods the SDK answers itself."""
 QUEUED: Final = 1024
@@ -73,25 +79,57 @@ class Forwarder:
         await self._tasks.aclose()
 
     async def _forward(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-        if ctx.request_id is None or ctx.method in OWN:
+        if ctx.request_id is None:
+            if ctx.method == HANDSHAKEN:
+                self._client(ctx).begin()
+            return await call_next(ctx)
+        if ctx.method in OWN:
             return await call_next(ctx)
         asker = self._identify(ctx)
         if ctx.method == HANDSHAKE:
             return await self._handshake(asker, await call_next(ctx))
-        request = self._request(asker, ctx)
+        modern = ctx.protocol_version == VERSION
+        params = dict(ctx.params or {})
         try:
+            if not modern:
+                client = self._client(ctx)
+                own = client.answer(ctx.method, params)
+                if own is not None:
+                    return own
+                params = client.params(params)
             async with self._relay(ctx) as heard:
-                return await self._backend.handle(request, heard)
+                return await self._backend.handle(self._request(asker, ctx, params, modern=modern), heard)
         except ToolError as error:
             raise MCPError(error.code, str(error), error.data) from None
 
-    def _request(self, asker: Asker, ctx: ServerRequestContext[Any, Any]) -> Request:
+    def _client(self, ctx: ServerRequestContext[Any, Any]) -> LegacyClient:
+        """The session of a client of the earlier era, made with its first message."""
+        connection: Any = ctx.session._connection
+        found: LegacyClient | None = connection.state.get(CLIENT)
+        if found is None:
+            asker = self._identify(ctx)
+
+            async def listen(wanted: Mapping[str, Any], heard: Heard) -> None:
+                meta = {META_VERSION: VERSION, META_CAPABILITIES: {}}
+                params = {"notifications": dict(wanted), "_meta": meta}
+                ident = f"session-{uuid.uuid4().hex}"
+                asked = Request(asker.caller, asker.server, "subscriptions/listen", params, front=asker.front, id=ident)
+                await self._backend.handle(asked, heard)
+
+            found = LegacyClient(connection.notify, listen)
+            connection.state[CLIENT] = found
+            connection.exit_stack.push_async_callback(found.aclose)
+        return found
+
+    def _request(
+        self, asker: Asker, ctx: ServerRequestContext[Any, Any], params: Mapping[str, Any], *, modern: bool
+    ) -> Request:
         return Request(
             caller=asker.caller,
             server=asker.server,
             method=ctx.method,
-            params=dict(ctx.params or {}),
-            modern=ctx.protocol_version == VERSION,
+            params=params,
+            modern=modern,
             front=asker.front,
             id=ctx.request_id if ctx.request_id is not None else 0,
             task=asker.task,
@@ -109,6 +147,7 @@ class Forwarder:
             raise MCPError(error.code, str(error), error.data) from None
         capabilities = dict(found.get("capabilities") or {})
         capabilities.pop("extensions", None)
+        capabilities["logging"] = {}
         made["capabilities"] = capabilities
         info = (found.get("_meta") or {}).get("io.modelcontextprotocol/serverInfo")
         if isinstance(info, dict) and info.get("name"):

@@ -41,7 +41,6 @@ LISTS: Final = {
 """Listings that are answered from what is approved: the kind, and the field of the result."""
 FORWARDED: Final = (
     "tools/call", "prompts/get", "resources/read", "resources/list", "completion/complete", "subscriptions/listen",
-    "logging/setLevel", "resources/subscribe", "resources/unsubscribe",
 )  # fmt: skip
 STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
@@ -180,7 +179,7 @@ class Plane:
             headers["subscription"] = str(request.id)
         async with served.upstream.borrowed() as session:
             if call.method in ENDLESS and not session.identity.modern:
-                return await self._hear_of(served, call, request, heard)
+                return await self._hear_of(session, call, request, heard)
             try:
                 return await self._call(session, call, heard, headers)
             except asyncio.CancelledError:
@@ -196,10 +195,17 @@ class Plane:
             result = {**result, "cacheScope": "private"}
         return result
 
-    async def _hear_of(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
+    async def _hear_of(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         """A subscription to a server of the earlier era: what it says by itself."""
         wanted = call.params.get("notifications")
-        await self.events.listen((served.name,), wanted, ident=request.id, heard=heard)
+        listed = wanted.get("resourceSubscriptions") if isinstance(wanted, dict) else None
+        offered = session.identity.capabilities.get("resources")
+        watched: list[str] = []
+        if isinstance(listed, list) and isinstance(offered, dict) and offered.get("subscribe"):
+            watched = [str(uri) for uri in listed]
+            for uri in watched:
+                await session.call("resources/subscribe", {"uri": uri}, modern=False)
+        await self.events.listen((call.server,), wanted, ident=request.id, heard=heard, resources=watched)
         return {"resultType": "complete", "_meta": {META_SUBSCRIPTION: request.id}}
 
     # Registrations -----------------------------------------------------------------------------

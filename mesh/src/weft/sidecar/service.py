@@ -48,7 +48,7 @@ class SidecarService:
         self._stack.push_async_callback(client.aclose)
         self.plane = Plane(broker, connector(client))
         self.tokens = Tokens(token_key(broker.settings))
-        self.web = WebFront(self.plane, self.tokens, anonymous=config.anonymous, schema=self._schema)
+        self.web = WebFront(self.plane, self.tokens, anonymous=config.anonymous, schema=self.schema)
         own = {**Operators(self.plane).methods, ISSUE_TOKEN: self._issue}
         self.front = NatsFront(broker, self.plane, own=own, revoked=self.tokens.revoke)
         self._drained = False
@@ -97,7 +97,8 @@ class SidecarService:
         token, holder = self.tokens.issue(request.caller, request.task, agent_version=request.agent_version)
         return {"url": f"{self.web.url}/mcp", "token": token, "id": holder.id, "expires": holder.expires}
 
-    def _schema(self, server: str, tool: str) -> Mapping[str, Any] | None:
+    def schema(self, server: str, tool: str) -> Mapping[str, Any] | None:
+        """Input schema of a tool of a server (`_`: of all); None if it is not known."""
         if server == EVERY:
             try:
                 server, tool = split(tool)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,8 +100,9 @@ class WebFront:
         """Accept nothing new, let requests under way end within `grace` seconds."""
         if self._web is None or self._serving is None:
             return
+        self._web.config.timeout_graceful_shutdown = max(1, math.ceil(grace))
         self._web.should_exit = True
-        await asyncio.wait((self._serving,), timeout=grace)
+        await asyncio.wait((self._serving,), timeout=grace + CLOSING)
         if not self._serving.done():
             self._web.force_exit = True
             await asyncio.wait((self._serving,), timeout=CLOSING)
@@ -116,6 +118,8 @@ class WebFront:
                 await _unauthorized()(scope, receive, send)
                 return
             scope[ASKER] = asker
+            # White space around a value is no part of it; not every parser of HTTP takes it off.
+            scope["headers"] = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
             token = _CURRENT.set(asker)
             try:
                 await app(scope, receive, send)
