@@ -111,19 +111,13 @@ class ToolClient:
             method=request.method,
             name=mcp.name_of(request.method, request.params),
         )
-        answered = False
         try:
             self._broker.send(subject, message[1], headers=message[0], reply=f"{self._inbox}.{token}")
-            result = await self._result(pending, request)
-            answered = True
-            return result
-        except (ToolError, Unavailable):
-            answered = True
-            raise
+            return await self._result(pending, request, token)
         finally:
             del self._pending[token.encode()]
-            pending.done.cancel()
-            if not answered:
+            if not pending.done.done() or pending.done.cancelled():
+                pending.done.cancel()
                 self.say(token, "cancel")
 
     def say(self, token: str, what: str) -> None:
@@ -159,14 +153,14 @@ class ToolClient:
             data = b""
         return h.block(h.fields(lines)), data
 
-    async def _result(self, pending: _Pending, request: ToolRequest) -> dict[str, Any]:
+    async def _result(self, pending: _Pending, request: ToolRequest, token: str) -> dict[str, Any]:
         left = None if request.deadline is None else max(0.0, request.deadline - time.time())
         over = asyncio.timeout(left)
         try:
             async with over:
                 async with asyncio.timeout(mcp.SILENCE) as pending.limit:
                     if request.method == ENDLESS:
-                        return await self._listening(pending)
+                        return await self._listening(pending, token)
                     return await pending.done
         except TimeoutError:
             if over.expired():
@@ -176,8 +170,7 @@ class ToolClient:
                 code=mcp.BROKEN_STREAM,
             ) from None
 
-    async def _listening(self, pending: _Pending) -> dict[str, Any]:
-        token = next(key for key, one in self._pending.items() if one is pending).decode()
+    async def _listening(self, pending: _Pending, token: str) -> dict[str, Any]:
         while True:
             done, _ = await asyncio.wait((pending.done,), timeout=ALIVE)
             if done:
