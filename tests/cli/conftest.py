@@ -21,7 +21,7 @@ from weft.cli.supervisor.state import Record
 from weft.core.home import process_started
 
 T = TypeVar("T")
-OWN_PROCESS = ("up", "run", "coordinator", "gateway", "demo")
+OWN_PROCESS = ("up", "run", "coordinator", "gateway", "sidecar", "mcp", "demo")
 
 AGENT = '''
 """An agent for tests of the command line: what it does is in the message."""
