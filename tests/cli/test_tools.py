@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ DECLARED = "tools:\n  told: {{command: [{python}, -S, {bad}, {state}], settings:
 
 
 @pytest.fixture
-def tooled(project: Any, agent_source: str, tmp_path: Path) -> Iterator[Any]:
+def tooled(project: Any, agent_source: str, tmp_path: Path) -> Any:
     """A project with one declared server, running."""
     (tmp_path / "told").mkdir()
     tools = DECLARED.format(python=sys.executable, bad=BAD, state=tmp_path / "told")
@@ -69,7 +69,7 @@ def test_the_first_server_that_is_added_starts_a_sidecar(project: Any, agent_sou
     assert project.rows()["sidecar"]["state"] == "ready"
     assert project.mesh("tools", "call", "added.do", '{"what": "nothing"}').out.startswith("pid")
 
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
             "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "desktop", "version": "1"}}},
         {"jsonrpc": "2.0", "method": "notifications/initialized"},
@@ -117,7 +117,7 @@ def test_mistakes_are_told_before_anything_is_done(project: Any, arguments: tupl
     assert "Bearer abc" not in error
 
 
-SERVER_JSON = {
+SERVER_JSON: dict[str, Any] = {
     "name": "io.example/weather-tools",
     "packages": [
         {

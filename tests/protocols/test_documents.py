@@ -60,8 +60,10 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         if importlib.util.find_spec(COMMANDS[words[1]]) is None:
             continue
         command = importlib.import_module(COMMANDS[words[1]]).command
-        if words[1] == "tasks" and len(words) > 2:
+        if words[1] in ("tasks", "tools") and len(words) > 2:
             command = command.commands[words[2]]
+        if "--" in words:
+            words = words[: words.index("--")]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words[2:] if word.startswith("-")} <= known, line
 

@@ -93,10 +93,10 @@ async def running(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) ->
         service = SidecarService(await connect("sidecar"), SidecarConfig())
         stack.push_async_callback(service.aclose)
         await service.start()
-        clients = [await ToolClient(broker).start() for broker in (local, operator)]
-        for client in clients:
+        caller, operating = [await ToolClient(broker).start() for broker in (local, operator)]
+        for client in (caller, operating):
             stack.push_async_callback(client.aclose)
-        yield Stage(service, *clients, ToolStore(operator), local, tmp_path_factory.mktemp("servers"))
+        yield Stage(service, caller, operating, ToolStore(operator), local, tmp_path_factory.mktemp("servers"))
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ FRAME_HEADER: Final = "Mcp-Frame"
 CLAIM_HEADER: Final = "Mcp-Claim"
 ACCEPT_CLAIM_HEADER: Final = "Mcp-Accept-Claim"
 CONTROL_HEADER: Final = "Mcp-Control"
+AGENT_VERSION_HEADER: Final = "Weft-Agent-Version"
 FRAMES: Final = ("msg", "end", "err", "ka")
 """A notification; the response, which is the last frame; a failure of the transport, the last one too; keep-alive."""
 CONTROLS_KNOWN: Final = ("cancel", "alive", "revoke")

@@ -147,7 +147,7 @@ class ToolClient:
         if request.deadline is not None:
             lines[h.DEADLINE] = str(int(request.deadline * 1000))
         if request.agent_version:
-            lines["Weft-Agent-Version"] = request.agent_version
+            lines[mcp.AGENT_VERSION_HEADER] = request.agent_version
         if len(data) + HEADROOM > self._broker.max_payload:
             lines[mcp.CLAIM_HEADER] = (await blobs.put(self._broker, data)).url
             data = b""

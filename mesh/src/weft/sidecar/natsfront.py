@@ -269,6 +269,6 @@ def _request(inbound: Inbound, token: str, headers: Mapping[str, str]) -> Reques
         token=token,
         task=task,
         chain=chain,
-        agent_version=headers.get("weft-agent-version", "")[:64],
+        agent_version=headers.get(mcp.AGENT_VERSION_HEADER.lower(), "")[:64],
         deadline=int(deadline) / 1000 if deadline.isdigit() else None,
     )
