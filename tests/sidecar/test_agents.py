@@ -145,7 +145,11 @@ async def test_a_frameworks_token_ends_with_its_task(
     await eventually(ended)
 
 
-async def test_without_a_sidecar_a_call_says_so(fresh_mesh: BrokerMesh, unique: Callable[[str], str]) -> None:
+async def test_without_a_sidecar_a_call_says_so(
+    fresh_mesh: BrokerMesh, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.host.tools.PATIENCE", 0.3)
+
     async def work(task: Task) -> str:
         return (await task.tools.call("files.read")).text
 

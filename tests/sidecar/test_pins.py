@@ -58,10 +58,10 @@ def test_a_renamed_tool_is_a_new_one_and_its_origin_is_told() -> None:
     assert not verdict.clean
 
 
-def test_a_second_tool_of_one_name_is_never_taken_for_the_first() -> None:
-    verdict = compare(PIN, listing(READ, tool("read", "another"), tool("write")))
-    assert len(verdict.new) == 1
-    assert not verdict.changed
+def test_two_tools_of_one_name_are_both_in_quarantine_whatever_was_approved() -> None:
+    both = listing(READ, tool("read", "another"), tool("write"))
+    verdict = compare(Pin(both.items, "operator", 1.0), both)
+    assert [verdict.why(key) for key in both.items] == ["offered twice", "offered twice", ""]
 
 
 def test_without_a_pin_everything_is_new() -> None:
@@ -150,6 +150,15 @@ async def test_a_changed_definition_is_neither_shown_nor_called_until_it_is_appr
     await stage.operate("weft/approve", server=server, digest=told["digest"], keys=["do"])
     await stage.do(server, "nothing")
     assert await names(stage, server) == ["do", "other"]
+
+
+@anyio
+async def test_what_is_not_offered_cannot_be_called(stage: Any) -> None:
+    server = await stage.bad()
+    offers(stage, server, tool("other"))
+    with pytest.raises(ToolError, match="offers no 'do'") as refused:
+        await stage.do(server, "nothing")
+    assert refused.value.code == mcp.INVALID_PARAMS
 
 
 @anyio

@@ -26,6 +26,8 @@ log = logging.getLogger("weft.client")
 CLIENT: Final = {"name": "weft", "version": "1"}
 ALIVE: Final = 30.0
 """Seconds between signs of life of whoever listens to a subscription."""
+AGAIN: Final = 0.25
+"""Seconds before a request that nobody got is sent again."""
 HEADROOM: Final = 4096
 """Bytes a request's headers may take."""
 ENDLESS: Final = "subscriptions/listen"
@@ -90,8 +92,12 @@ class ToolClient:
         if self._subscription is not None:
             await self._subscription.close()
 
-    async def request(self, request: ToolRequest, *, heard: Heard | None = None) -> dict[str, Any]:
+    async def request(
+        self, request: ToolRequest, *, heard: Heard | None = None, patience: float = 0.0
+    ) -> dict[str, Any]:
         """The result of a request, as the server gave it. Cancelling the wait cancels it there.
+
+        Where no sidecar runs it is sent again for `patience` seconds, such as one takes to be replaced.
 
         Raises:
             ToolError: the server's error, or the sidecar's refusal.
@@ -101,6 +107,16 @@ class ToolClient:
         """
         if self._subscription is None:
             await self.start()
+        until = asyncio.get_running_loop().time() + patience
+        while True:
+            try:
+                return await self._once(request, heard)
+            except Unavailable:  # nobody got it
+                if asyncio.get_running_loop().time() + AGAIN > until:
+                    raise
+                await asyncio.sleep(AGAIN)
+
+    async def _once(self, request: ToolRequest, heard: Heard | None) -> dict[str, Any]:
         token = uuid.uuid4().hex
         message = await self._message(request, token)
         pending = _Pending(asyncio.get_running_loop().create_future(), heard)

@@ -12,7 +12,7 @@ from weft_protocols import headers as h
 from weft_protocols.errors import BrokerError
 
 if TYPE_CHECKING:
-    from weft.core.broker import Broker, Subscription
+    from weft.core.broker import Broker
 
 log = logging.getLogger("weft.broker")
 
@@ -79,12 +79,6 @@ class Latest:
         await self._broker.publish(f"{self._prefix}.{key}", b"")
 
 
-async def follow(broker: Broker, republished: str, changed: Callable[[], None]) -> Subscription:
-    """Have `changed` called whenever something below `republished` was stored, and after every reconnect."""
-    broker.on_reconnect(changed)
-    return await broker.subscribe(f"{republished}.>", lambda _: changed())
-
-
 class Follower:
     """Keeps what `look` makes of the records up to date.
 
@@ -100,7 +94,8 @@ class Follower:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Look, say `ready`, and go on until cancelled."""
-        subscription = await follow(self._broker, self._republished, self._news.set)
+        undo = self._broker.on_reconnect(self._news.set)
+        subscription = await self._broker.subscribe(f"{self._republished}.>", lambda _: self._news.set())
         try:
             first = True
             while True:
@@ -118,4 +113,5 @@ class Follower:
                 except TimeoutError:
                     continue
         finally:
+            undo()
             await subscription.close()

@@ -17,6 +17,8 @@ from weft_protocols.errors import InvalidName
 
 Progress = Callable[[float, float | None, str], None]
 """Gets how far a call is, of how much (None if that is not known), and what it says about it."""
+PATIENCE: Final = 10.0
+"""Seconds a call waits for a sidecar where none runs: one is being started or replaced."""
 TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
 
 
@@ -163,7 +165,7 @@ class Tools:
 
         run.busy += 1
         try:
-            result = await run.mesh.tools.request(request, heard=heard)
+            result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
         finally:
             run.rest()
         run.last_progress = time.time()

@@ -12,6 +12,7 @@ import httpx2
 
 from weft.core.supervise import Tasks
 from weft.sidecar.link import (
+    ASKED_AT_ONCE,
     CANCELLED,
     MESSAGE_LIMIT,
     Heard,
@@ -142,7 +143,8 @@ class HttpLink:
         if "method" not in message:
             return
         if "id" in message:
-            self._tasks.start(self._post(answer_to(message)))
+            if len(self._tasks) < ASKED_AT_ONCE:
+                self._tasks.start(self._post(answer_to(message)))
         else:
             params = message.get("params")
             hear(str(message["method"]), params if isinstance(params, dict) else {})

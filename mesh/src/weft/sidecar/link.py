@@ -15,8 +15,8 @@ PROGRESS: Final = "notifications/progress"
 CANCELLED: Final = "notifications/cancelled"
 MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 """Bytes of one message of a server; one that sends more is cut off."""
-DEEPEST: Final = 200
-"""Levels of a message that are looked at."""
+ASKED_AT_ONCE: Final = 100
+"""What a server may have asked of us and not been answered; further questions are left out."""
 
 
 class LinkEnded(ToolError):

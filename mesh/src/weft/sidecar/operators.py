@@ -108,10 +108,10 @@ class Operators:
             after = record.seq if record is not None else await pins.last_sequence(served.name)
             wanted = decide(pin)
             try:
-                await pins.put(served.name, wanted.encode(), after=after)
+                sequence = await pins.put(served.name, wanted.encode(), after=after)
             except Conflict:
                 continue
-            served.repin(wanted)
+            served.repin(wanted, sequence)
             return
         raise ToolError("others change what is approved; try again")
 

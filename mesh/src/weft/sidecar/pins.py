@@ -18,6 +18,8 @@ from weft_protocols.canonical import canonical_json
 from weft_protocols.errors import InvalidConfig
 
 INSTRUCTIONS: Final = "instructions"
+TWICE: Final = "\n#"
+"""In the key of what has a name that is taken: neither can be told from the other when it is called."""
 _VISIBLE: Final = ("\n", "\t")
 _HIDDEN: Final = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 _LARGEST: Final = 32 * 1024 * 1024
@@ -47,7 +49,7 @@ class Listing:
         ):
             for one in found:
                 key = f"{kind}:{one.get(name, '')}"
-                made[key if key not in made else f"{key}#{len(made)}"] = one
+                made[key if key not in made else f"{key}{TWICE}{len(made)}"] = one
         if self.instructions:
             made[INSTRUCTIONS] = self.instructions
         return made
@@ -105,18 +107,25 @@ class Verdict:
     """(old key, new key) of what is the same but for its name; the new key is in `new` as well."""
     gone: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
+    twice: tuple[str, ...] = ()
+    """What has one name with something else."""
 
     @property
     def clean(self) -> bool:
         """Whether everything offered is approved."""
-        return not (self.new or self.changed or self.blocked)
+        return not (self.new or self.changed or self.blocked or self.twice)
 
     def why(self, key: str) -> str:
         """Why a key is in quarantine; empty if it is not."""
         for was, now in self.renamed:
             if key == now:
                 return f"renamed from {was}"
-        for reason, keys in (("new", self.new), ("changed", self.changed), ("blocked by an operator", self.blocked)):
+        for reason, keys in (
+            ("offered twice", self.twice),
+            ("new", self.new),
+            ("changed", self.changed),
+            ("blocked by an operator", self.blocked),
+        ):
             if key in keys:
                 return reason
         return ""
@@ -132,7 +141,9 @@ def compare(pin: Pin | None, listing: Listing) -> Verdict:
     nameless = {_nameless(key, approved[key]): key for key in gone}
     renamed = tuple((nameless[same], key) for key in new if (same := _nameless(key, items[key])) in nameless)
     blocked = tuple(key for key in items if pin is not None and key in pin.blocked)
-    return Verdict(new, changed, renamed, gone, blocked)
+    second = [key for key in items if TWICE in key]
+    twice = tuple(key for key in items if key in second or any(one.startswith(key + TWICE) for one in second))
+    return Verdict(new, changed, renamed, gone, blocked, twice)
 
 
 def _nameless(key: str, definition: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -25,7 +26,15 @@ from weft.sidecar.session import Session, as_modern
 from weft.sidecar.stages import ENDLESS, Breaker, Concurrency, Deadline, Pinned, ResponseSize
 from weft.sidecar.upstream import Connect
 from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
-from weft_protocols.mcp import EVERY, META_SUBSCRIPTION, METHOD_NOT_FOUND, NO_SERVER, VERSION, name_of
+from weft_protocols.mcp import (
+    EVERY,
+    INVALID_PARAMS,
+    META_SUBSCRIPTION,
+    METHOD_NOT_FOUND,
+    NO_SERVER,
+    VERSION,
+    name_of,
+)
 from weft_protocols.resources import TOOL_CHANGES
 
 log = logging.getLogger("weft.sidecar")
@@ -134,6 +143,11 @@ class Plane:
         name = name_of(request.method, request.params)
         kind = KINDS.get(request.method)
         definition, digest, quarantine = served.definition(kind, name) if kind else (None, "", "")
+        if kind and definition is None:
+            await served.look_again()
+            definition, digest, quarantine = served.definition(kind, name)
+            if definition is None:
+                raise ToolError(f"Unknown {kind}: {served.name} offers no {name[:80]!r}", code=INVALID_PARAMS)
         call = Call(
             caller=request.caller,
             server=served.name,
@@ -183,8 +197,7 @@ class Plane:
             try:
                 return await self._call(session, call, heard, headers)
             except asyncio.CancelledError:
-                late = call.deadline is not None and call.method not in ENDLESS
-                if late:
+                if call.deadline is not None and time.time() >= call.deadline:
                     self._tasks.start(served.upstream.doubt(session), name=f"whether {served.name} lives")
                 raise
 
@@ -224,20 +237,26 @@ class Plane:
             self._tasks.start(gone.aclose(), name=f"end of {name}")
             log.info("tool server %s: %s", name, "changed" if name in registered else "removed")
         for name, server in registered.items():
-            pin = self._pins.get(name, (0, None))[1]
+            sequence, pin = self._pins.get(name, (0, None))
             served = self._served.get(name)
             if served is None:
-                self._served[name] = self._made(server, pin)
+                self._served[name] = self._made(server, pin, sequence)
                 log.info("tool server %s: %s", name, server.where)
-            elif served.pin != pin and pin is not None:
-                served.repin(pin)
-                log.info("tool server %s: what is approved changed", name)
+            elif pin is not None:
+                served.repin(pin, sequence)
         if (registered, self._pins) != before:
             for method in CHANGES:
                 self.events.said(EVERY, method, {})
 
-    def _made(self, server: ToolServer, pin: Pin | None) -> Served:
-        return Served(server, self._connect, pin=pin, remember=self._remember, on_event=self.events.said)
+    def _made(self, server: ToolServer, pin: Pin | None, sequence: int) -> Served:
+        return Served(
+            server,
+            self._connect,
+            pin=pin,
+            pin_sequence=sequence,
+            remember=self._remember,
+            on_event=self.events.said,
+        )
 
     async def _read_pins(self) -> None:
         found: dict[str, tuple[int, Pin | None]] = {}
@@ -253,7 +272,7 @@ class Plane:
                 found[name] = (record.seq, Pin())
         self._pins = found
 
-    async def _remember(self, name: str, pin: Pin) -> Pin:
+    async def _remember(self, name: str, pin: Pin) -> tuple[Pin, int]:
         """Store a server's first pin; the one that holds, which another sidecar may have stored first."""
         record = await self.store.pins.get(name)
         if record is None:
@@ -263,4 +282,4 @@ class Plane:
             except Conflict:
                 log.debug("another sidecar pinned %s first", name)
             record = await self.store.pins.get(name)
-        return Pin.decode(record.data) if record is not None else Pin()
+        return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)

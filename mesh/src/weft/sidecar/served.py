@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from weft.sidecar.pins import Listing, Pin, Verdict, compare, digest, hidden
 from weft.sidecar.session import OWN_META, Identity, Session
 from weft.sidecar.upstream import Connect, Upstream
 from weft_protocols.errors import ToolError
-from weft_protocols.mcp import METHOD_NOT_FOUND, UPSTREAM_FAILED
+from weft_protocols.mcp import LATE, METHOD_NOT_FOUND, UPSTREAM_FAILED
 
 log = logging.getLogger("weft.sidecar")
 
@@ -37,8 +37,8 @@ LISTED: Final = (
 )
 """Capability, method and field of each listing."""
 
-Remember = Callable[[str, Pin], Any]
-"""Stores the first pin of a server; a coroutine function."""
+Remember = Callable[[str, Pin], Awaitable[tuple[Pin, int]]]
+"""Stores the first pin of a server; the one that holds, and its sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class Served:
         server: its registration.
         connect: opens links.
         pin: what was approved; None if nothing ever was.
+        pin_sequence: of the message that says so.
         remember: stores a first pin, where the registration lets what is seen first be approved.
         on_event: gets the server's name, and what it says that belongs to no request.
     """
@@ -79,11 +80,14 @@ class Served:
         connect: Connect,
         *,
         pin: Pin | None,
+        pin_sequence: int,
         remember: Remember,
         on_event: Callable[[str, str, dict[str, Any]], None],
     ) -> None:
         self.server = server
         self.pin = pin
+        self.pin_sequence = pin_sequence
+        """Of the message that has the pin: what was read earlier is not taken for newer."""
         self.catalog = Catalog()
         self.upstream = Upstream(server, connect, opened=self._opened, on_event=self._heard)
         self._remember = remember
@@ -98,19 +102,17 @@ class Served:
         """Of the server."""
         return self.server.name
 
-    def repin(self, pin: Pin | None) -> None:
-        """Something else was approved."""
-        self.pin = pin
+    def repin(self, pin: Pin, sequence: int) -> None:
+        """Something else was approved, by the message with this sequence; an older one is left alone."""
+        if sequence <= self.pin_sequence:
+            return
+        self.pin, self.pin_sequence = pin, sequence
         self._judge(self.catalog.listing, self.catalog.identity, self.catalog.read)
 
     def definition(self, kind: str, name: str) -> tuple[Mapping[str, Any] | None, str, str]:
         """What the server says about one thing, the digest of that, and why it is in quarantine."""
         key = f"{kind}:{name}"
-        found = self._items.get(key)
-        why = self.catalog.why(key)
-        if why and len(self._items) != len(self.catalog.listing.items):
-            log.debug("%s offers %s twice", self.name, key)
-        return found, self.catalog.digests.get(key, ""), why
+        return self._items.get(key), self.catalog.digests.get(key, ""), self.catalog.why(key)
 
     async def known(self) -> Catalog:
         """The catalog, read if it never was, and read again in the background when it is old.
@@ -125,6 +127,11 @@ class Served:
             self._tasks.start(self._refresh_quietly(), name=f"reading what {self.name} offers")
         return self.catalog
 
+    async def look_again(self) -> None:
+        """Somebody asks for what is not known: read the definitions again, unless that was just done."""
+        if time.monotonic() - self.catalog.read > SETTLES:
+            await self.refresh()
+
     async def refresh(self) -> None:
         """Read what the server offers now. Raises ToolError if it cannot be."""
         asked = time.monotonic()
@@ -134,8 +141,11 @@ class Served:
             async with self.upstream.borrowed() as session:
                 if self.catalog.read >= asked:  # a new session reads it as it opens
                     return
-                async with asyncio.timeout(self.upstream.limits.timeout):
-                    await self._read(session)
+                try:
+                    async with asyncio.timeout(self.upstream.limits.timeout):
+                        await self._read(session)
+                except TimeoutError:
+                    raise ToolError(f"{self.name} did not list what it offers in time", code=LATE) from None
 
     async def aclose(self) -> None:
         """End its processes and connections."""
@@ -145,7 +155,7 @@ class Served:
     async def _refresh_quietly(self) -> None:
         try:
             await self.refresh()
-        except (ToolError, TimeoutError) as error:
+        except ToolError as error:
             log.debug("what %s offers cannot be read: %s", self.name, error)
 
     async def _opened(self, session: Session) -> None:
@@ -170,7 +180,7 @@ class Served:
         for key in sorted(suspicious):
             log.warning("%s: %s has hidden characters and is not approved by itself", self.name, key)
         items = {key: one for key, one in listing.items.items() if key not in suspicious}
-        self.pin = await self._remember(self.name, Pin(items, "first-use", time.time()))
+        self.pin, self.pin_sequence = await self._remember(self.name, Pin(items, "first-use", time.time()))
 
     def _judge(self, listing: Listing, identity: Identity | None, read: float) -> None:
         verdict = compare(self.pin, listing) if identity is not None else Verdict()
@@ -178,7 +188,7 @@ class Served:
         digests = {key: digest(one) for key, one in self._items.items()}
         before, self.catalog = self.catalog, Catalog(listing, verdict, identity, read, digests)
         if verdict != before.verdict and not verdict.clean:
-            held = [*verdict.new, *verdict.changed, *verdict.blocked]
+            held = [key for key in self._items if verdict.why(key)]
             log.warning("%s: in quarantine until approved: %s", self.name, ", ".join(held[:20]))
 
     async def _listen(self, session: Session) -> None:
@@ -209,7 +219,7 @@ class Served:
             "enabled": self.server.enabled,
             **self.upstream.state,
             "tools": len(self.catalog.listing.tools),
-            "quarantined": [*verdict.new, *verdict.changed, *verdict.blocked],
+            "quarantined": [key for key in self._items if verdict.why(key)],
         }
 
 

@@ -61,7 +61,7 @@ class SidecarService:
         kept = urlsplit(known.url).port or 0 if known is not None and not known.alive else 0
         await self.web.start(self.config.port, kept=kept)
         await self.front.start()
-        if self._home is not None and (known is None or not known.alive):
+        if self._home is not None:
             SidecarRecord(self.web.url, os.getpid(), process_started(os.getpid()) or "").write(self._home)
         return self
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 import weft.core
 from weft.core.supervise import Tasks
 from weft.sidecar.link import (
+    ASKED_AT_ONCE,
     CANCELLED,
     MESSAGE_LIMIT,
     PROGRESS,
@@ -218,7 +219,8 @@ class StdioLink:
             return
         if "method" in message:
             if "id" in message:
-                self._tasks.start(self._answer(message))
+                if len(self._tasks) < ASKED_AT_ONCE:
+                    self._tasks.start(self._answer(message))
             else:
                 self._hear(str(message["method"]), message.get("params"))
             return

@@ -434,14 +434,14 @@ class Fleet:
         return [GATEWAY]
 
     async def _restart_sidecar(self, tell: Tell) -> list[str]:
-        """Start the new one first: the two share the requests until the old one has drained."""
-        old, self._sidecar = self._sidecar, self._begin_sidecar()
+        """End the old one first: it has the port. Agents ask again until the new one serves."""
         if self._sidecar is not None:
-            await self._until_ready(self._sidecar, tell)
-        if old is not None:
-            await self._drain([old])
+            await self._drain([self._sidecar])
+        self._sidecar = self._begin_sidecar()
         if self._sidecar is None:
             tell("the sidecar does not run any more")
+            return [SIDECAR]
+        await self._until_ready(self._sidecar, tell)
         return [SIDECAR]
 
     async def _restart_broker(self, tell: Tell) -> list[str]:
