@@ -106,6 +106,9 @@ def handle(message: dict[str, Any]) -> None:
     match method:
         case "server/discover" if MODERN:
             answer(ident, {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {"listChanged": True}}})
+        case "initialize" if "--slow" in sys.argv:
+            told = {"supported": ["2026-07-28"], "requested": "2025-11-25"}
+            send({"id": ident, "error": {"code": -32022, "message": "this serves the later era", "data": told}})
         case "initialize":
             info = {"name": "bad", "version": "1"}
             tools = {"tools": {"listChanged": True}}
@@ -132,6 +135,8 @@ if "--stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "--dies-of-discover" in sys.argv:
     MODERN = False
+if "--slow" in sys.argv:
+    time.sleep(0.6)
 for line in sys.stdin:
     found = json.loads(line)
     if "--dies-of-discover" in sys.argv and found.get("method") == "server/discover":

@@ -42,6 +42,16 @@ async def test_servers_of_both_eras_are_found_out_and_called(
     assert listed["cacheScope"] == "private"
 
 
+async def test_a_server_that_starts_slowly_is_not_taken_for_one_of_the_earlier_era(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.sidecar.session.PROBE", 0.2)
+    server = await stage.bad("--slow")
+    await stage.do(server, "nothing")
+    assert stage.service.plane.served(server).upstream.state["version"] == mcp.VERSION
+    assert len(stage.started(server)) == 1
+
+
 async def test_a_request_arrives_as_it_was_sent_and_its_result_as_it_came(stage: Any) -> None:
     server = await stage.bad()
     meta = {mcp.META_VERSION: mcp.VERSION, mcp.META_CAPABILITIES: {"elicitation": {}, "x": [1]}, "own/key": {"a": 1}}

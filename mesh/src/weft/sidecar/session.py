@@ -152,7 +152,14 @@ async def open_session(link: Link, era: str) -> Session:
             return Session(link, found)
         if era == "modern":
             raise ToolError(f"the server does not speak MCP {VERSION}", code=UPSTREAM_FAILED)
-    return Session(link, await _initialize(link))
+    try:
+        return Session(link, await _initialize(link))
+    except ToolError as error:
+        # One that started slowly took the question of the later era after all, and that settled its era.
+        found = await _discover(link, patient=True) if era == "auto" and error.code == UNSUPPORTED_VERSION else None
+        if found is None:
+            raise
+        return Session(link, found)
 
 
 async def _discover(link: Link, *, patient: bool) -> Identity | None:
