@@ -62,6 +62,10 @@ def call(ident: Any, params: dict[str, Any]) -> None:  # noqa: C901 - a table of
             time.sleep(3600)
         case "silence":
             return
+        case "wait":
+            (STATE / "waiting").touch()
+            while not (STATE / "go").exists():
+                time.sleep(0.02)
         case "garbage":
             sys.stdout.write("this is no message\n" * n + '{"half": \n[1, 2]\n')
             sys.stdout.flush()
@@ -107,8 +111,8 @@ def handle(message: dict[str, Any]) -> None:
         case "server/discover" if MODERN:
             answer(ident, {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {"listChanged": True}}})
         case "initialize" if "--slow" in sys.argv:
-            told = {"supported": ["2026-07-28"], "requested": "2025-11-25"}
-            send({"id": ident, "error": {"code": -32022, "message": "this serves the later era", "data": told}})
+            refused: dict[str, Any] = {"supported": ["2026-07-28"], "requested": "2025-11-25"}
+            send({"id": ident, "error": {"code": -32022, "message": "this serves the later era", "data": refused}})
         case "initialize":
             info = {"name": "bad", "version": "1"}
             tools = {"tools": {"listChanged": True}}

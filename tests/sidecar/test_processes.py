@@ -1,0 +1,97 @@
+"""Sidecars as processes: they share the work, drain when they are told to leave, and leave nothing behind when killed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.client.tools import ToolClient, ToolRequest
+from weft.core.home import process_started
+from weft.core.toolsconf import ToolServer
+from weft.core.toolstore import ToolStore
+from weft.testing.agents import Process, eventually
+from weft.testing.broker import BrokerMesh
+from weft_protocols.errors import ToolError, Unavailable
+
+pytestmark = pytest.mark.anyio
+
+BAD = Path(__file__).with_name("badserver.py")
+
+
+def sidecar_process(mesh: BrokerMesh) -> Process:
+    settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": "sidecar", "WEFT_GRACE": "5"}
+    return Process(("-m", "weft.sidecar"), ready="ready", env=settings)
+
+
+class World:
+    def __init__(self, mesh: BrokerMesh, client: ToolClient, state: Path) -> None:
+        self.mesh, self.client, self.state = mesh, client, state
+
+    async def do(self, what: str, n: int = 1, *, heard: Any = None) -> str:
+        params = {"name": "do", "arguments": {"what": what, "n": n}, "_meta": {"progressToken": 1}}
+        result = await self.client.request(ToolRequest("bad", "tools/call", params), heard=heard, patience=5.0)
+        return str(result["content"][0]["text"])
+
+    def servers(self) -> list[int]:
+        file = self.state / "started"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+@pytest.fixture
+async def world(fresh_mesh: BrokerMesh, tmp_path: Path) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        operator, local = await fresh_mesh.connect("operator"), await fresh_mesh.connect("local")
+        for broker in (operator, local):
+            stack.push_async_callback(broker.close)
+        await ToolStore(operator).register(ToolServer("bad", command=(sys.executable, "-S", str(BAD), str(tmp_path))))
+        client = await ToolClient(local).start()
+        stack.push_async_callback(client.aclose)
+        yield World(fresh_mesh, client, tmp_path)
+
+
+def gone(pid: int) -> bool:
+    return process_started(pid) is None
+
+
+async def test_a_sidecar_that_is_told_to_leave_lets_calls_end_and_takes_its_servers_along(world: World) -> None:
+    async with sidecar_process(world.mesh) as process:
+        await world.do("nothing")
+        call = asyncio.create_task(world.do("wait", 1))
+        await eventually(lambda: (world.state / "waiting").exists())
+        process.terminate()
+        (world.state / "go").touch()
+        assert (await call).startswith("pid")
+        assert await process.exited() == 0
+    assert all(gone(pid) for pid in world.servers())
+
+
+async def test_what_a_killed_sidecar_ran_ends_with_it(world: World) -> None:
+    async with sidecar_process(world.mesh) as process:
+        await world.do("nothing")
+        process.kill()
+        await process.exited()
+    [server] = world.servers()
+    await eventually(lambda: gone(server))
+    with pytest.raises(Unavailable):
+        await world.client.request(ToolRequest("bad", "tools/list"))
+
+
+async def test_two_sidecars_share_the_calls_and_one_goes_on_when_the_other_dies(world: World) -> None:
+    async with sidecar_process(world.mesh) as first, sidecar_process(world.mesh):
+        answers = {await world.do("nothing") for _ in range(40)}
+        assert len(answers) == 2
+        first.kill()
+        await first.exited()
+        lost = 0
+        for _ in range(10):
+            try:
+                assert await world.do("nothing") in answers
+            except ToolError:  # one that was under way at the one that died
+                lost += 1
+        assert lost == 0
