@@ -19,7 +19,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
-from weft.host import execute, takeover
+from weft.host import execute, session, takeover
 from weft.host.agent import Agent
 from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
@@ -85,6 +85,9 @@ class Inputs:
             return
         if control.op == "drain":
             self._replica.stop()
+            return
+        if control.op in session.OPS:
+            self._replica.session.on_control(control)
             return
         if control.op != "input":
             log.warning("control message %r is unknown", control.op)

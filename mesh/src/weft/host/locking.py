@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from hashlib import sha256
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from weft.host import waits
 from weft.host.run import Run
@@ -61,8 +61,8 @@ class Lock:
         """The fencing token, 0 while it is not held."""
         self.confirmed = 0.0
         """When the request was sent by whose answer the lease is known to run (monotonic)."""
-        self.outcome: asyncio.Future[None] | None = None
-        """What the coordinator says of a wait: None for a grant, an error, or cancelled where it must be asked again."""
+        self.outcome: asyncio.Future[bool] | None = None
+        """What becomes of a wait the coordinator knows of: granted, to be asked for again (False), or an error."""
         self.gone = ""
         """Why it was taken away."""
         self._session: Session = run.session
@@ -103,7 +103,7 @@ class Lock:
         """The coordinator granted it."""
         self.granted, self.lease, self.confirmed = token, lease, max(self.confirmed, confirmed)
         if self.outcome is not None and not self.outcome.done():
-            self.outcome.set_result(None)
+            self.outcome.set_result(True)
 
     def take_away(self, reason: str) -> None:
         """The coordinator took it away; the holder learns of it at its next use."""
@@ -200,7 +200,7 @@ class Locking:
 
 
 def _names(given: tuple[str | Iterable[str], ...]) -> tuple[str, ...]:
-    flat = [name for one in given for name in ((one,) if isinstance(one, str) else one)]
+    flat: list[Any] = [name for one in given for name in ((one,) if isinstance(one, str) else one)]
     for name in flat:
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise InvalidParams(f"{name!r} is no name of a lock: use 1 to {MAX_NAME} printable characters")

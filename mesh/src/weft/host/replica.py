@@ -29,6 +29,7 @@ from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
 from weft.host.run import Run, Stop, Work, sequence_in
+from weft.host.session import Session
 from weft.host.slots import SlotHold, Slots
 from weft.host.threads import Threads
 from weft_protocols import a2a, ids, subjects
@@ -73,6 +74,7 @@ class Replica:
         """Its time to finish what runs is over: everything is handed back."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.session = Session(self)
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
@@ -374,6 +376,7 @@ class Replica:
             slot=slot,
             settle=self.settle,
             threads=self.threads,
+            session=self.session,
         )
         report.append(run.failed_write)
         run.deliveries.append(delivery)
@@ -385,6 +388,7 @@ class Replica:
         """Stop owning a task; what was delivered for it and is not settled comes again."""
         if self.live.get(run.task_id) is run:
             del self.live[run.task_id]
+        self.session.end(run)
         for ack in run.deliveries:
             if ack in self._held:
                 self.again(ack, 0.2)

@@ -9,6 +9,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -21,6 +22,7 @@ from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.slots import SlotHold
+from weft.host.waits import Wait, Waits
 from weft_protocols import a2a, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Fenced
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
+    from weft.host.locking import Lock
+    from weft.host.session import Session
 
 
 TURN_KEY: Final = "_turn"
@@ -179,6 +183,8 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
+    session: Session
+    """Where locks are asked for and waits are told."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
@@ -204,7 +210,10 @@ class Run:
     asked: int = 0
     """Stream sequence of that question's record: what was sent before it is no answer."""
     busy: int = 0
-    """Steps, children and timers in progress: a task with any of them does not suspend."""
+    """Steps, children, timers and locks in progress: a task with any of them does not suspend."""
+    locks: list[Lock] = field(default_factory=list)
+    """Locks in whose blocks it is."""
+    waits: Waits = field(init=False)
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
@@ -213,6 +222,13 @@ class Run:
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.waits = Waits(self, self.session)
+
+    def waiting_for(self, kind: str, *targets: str, need: int = 1) -> AbstractContextManager[Wait]:
+        """Wait inside for at least `need` of the targets, in a branch that counts as busy (`weft.host.waits`)."""
+        return self.waits.waiting_for(kind, *targets, need=need)
 
     @property
     def task_id(self) -> str:
@@ -264,6 +280,8 @@ class Run:
         self.busy -= 1
         if self.busy == 0:
             self.arrived.set()
+        elif self.waits.open:
+            self.waits.settled()
 
     def consumed(self, given: Input) -> None:
         """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""

@@ -112,20 +112,16 @@ class Session:
     async def _granted(self, lock: Lock) -> None:
         """Return once the lock is granted; ask (again) where the coordinator does not know of the wait."""
         attempt = 0
-        while not lock.granted:
-            if lock.outcome is not None:
-                try:
-                    await asyncio.shield(lock.outcome)
-                    continue
-                except asyncio.CancelledError:
-                    if not lock.outcome.cancelled():
-                        raise
-                    lock.outcome = None
-            else:
+        while True:
+            if lock.outcome is None:
                 await asyncio.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
+                attempt += 1
+            elif await lock.outcome:
+                return
+            else:
+                attempt = 0
             if await self._ask(lock, ASK):
                 return
-            attempt = 0 if lock.outcome is not None else attempt + 1
 
     async def _ask(self, lock: Lock, timeout: float) -> bool:
         """Ask for a lock once. Whether it was granted; where it is not, `outcome` is there if it is waited for."""
@@ -146,9 +142,9 @@ class Session:
         if answer.get("state") == "granted":
             lock.grant(int(answer["token"]), float(answer.get("lease") or lock.lease), sent)
             return True
-        lock.confirmed = sent
+        lock.confirmed = max(lock.confirmed, sent)
         self._schedule()
-        return bool(lock.granted)
+        return lock.granted > 0
 
     def _body(self, lock: Lock) -> dict[str, Any]:
         run = lock.run
@@ -196,6 +192,8 @@ class Session:
 
     def end(self, run: Run) -> None:
         """A task is not worked on here any more: nothing is held or waited for in its name."""
+        if not run.locks and not run.waits.open:
+            return
         for lock in [lock for lock in (*self._held.values(), *self._asked.values()) if lock.run is run]:
             self.release(lock)
             if lock.outcome is not None and not lock.outcome.done():
@@ -245,8 +243,8 @@ class Session:
         """The coordinator does not have a lock (any more): a wait is begun anew, a holder told at its next use."""
         if lock.request in self._held or lock.granted:
             lock.take_away(reason)
-        elif lock.outcome is not None:
-            lock.outcome.cancel()
+        elif lock.outcome is not None and not lock.outcome.done():
+            lock.outcome.set_result(False)
 
     def _on_question(self, told: Mapping[str, Any]) -> None:
         """Whether a wait goes on and nothing else of its task does: asked before anybody gives way."""
@@ -257,6 +255,8 @@ class Session:
     # The session -------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
+        if self._owner.broker.closed.is_set():
+            return
         if self._tick is None and (self._held or self._asked or self._giving or self._waits):
             self._tick = asyncio.get_running_loop().call_later(self._interval(), self._beat)
 
@@ -289,7 +289,7 @@ class Session:
             if "lost" in told:
                 self._on_session(told, held=held, asked=asked, sent=sent)
                 self._schedule()
-            elif self._tick is None:
+            elif self._tick is None and not self._owner.broker.closed.is_set():
                 self._tick = asyncio.get_running_loop().call_later(min(SOON, self._interval()), self._beat)
 
         data = json.dumps(body).encode()

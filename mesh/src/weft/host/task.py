@@ -11,8 +11,9 @@ from typing import Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import values
+from weft.host import values, waits
 from weft.host.delegation import Delegating
+from weft.host.locking import Locking
 from weft.host.run import Run
 from weft.host.steps import StepOptions, try_step
 from weft.host.waiting import Waiting
@@ -23,7 +24,7 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Waiting):
+class Task(Delegating, Locking, Waiting):
     """A task, as its handler sees it.
 
     Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from
@@ -100,6 +101,7 @@ class Task(Delegating, Waiting):
 
     async def update(self, message: Any = None, **metadata: Any) -> None:
         """Tell the caller how it goes: a `working` status with a message and metadata."""
+        waits.check_locks()
         parts = a2a.parts_of(message) if message is not None else ()
         await self._run.status(State.WORKING, parts, metadata=metadata or None)
 
@@ -117,6 +119,7 @@ class Task(Delegating, Waiting):
         `content` is text, bytes, a part, several parts, any JSON value, or an async iterable of text or bytes,
         which is streamed: each item leaves as a chunk of its own. The same name again replaces the artifact.
         """
+        waits.check_locks()
         key = artifact_id or str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.id}/{name}"))
         if isinstance(content, AsyncIterable):
             await self._stream(key, name, chunks=content, media_type=media_type, description=description)

@@ -109,12 +109,14 @@ class Waits:
         """A branch begins to wait."""
         wait = Wait(kind, tuple(targets), need, around(), asyncio.current_task())
         self.open[wait_id] = wait
-        self._reporter.wait_changed(self._run, wait_id, urgent=bool(self._run.locks))
+        if kind != LOCK:  # of those the coordinator knows
+            self._reporter.wait_changed(self._run, wait_id, urgent=bool(self._run.locks))
         return wait
 
     def clear(self, wait_id: str) -> None:
         """It does not wait any more."""
-        if self.open.pop(wait_id, None) is not None:
+        wait = self.open.pop(wait_id, None)
+        if wait is not None and wait.kind != LOCK:
             self._reporter.wait_changed(self._run, wait_id, urgent=False)
 
     def settled(self) -> None:
