@@ -61,6 +61,9 @@ class Deadlocks:
         """Be what `dump` gave."""
         self.count, last = dumped or (0, ())
         self.last = deque(
-            (Deadlock(number, at, tuple(CycleEdge(*edge) for edge in cycle), victim) for number, at, cycle, victim in last),
+            (
+                Deadlock(number, at, tuple(CycleEdge(*edge) for edge in cycle), victim)
+                for number, at, cycle, victim in last
+            ),
             maxlen=KEPT,
         )

@@ -17,11 +17,16 @@ from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
+from weft_coordinator.decide.deadlocks import Deadlocks
+from weft_coordinator.decide.graph import WaitGraph
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
+from weft_coordinator.decide.locks import Locks
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.locks import LockPart, Speaker
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
@@ -86,11 +91,12 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        locks, deadlocks = Locks(), Deadlocks()
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), locks, deadlocks)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
+        self._parts: tuple[Part, ...] = (self._operations, *self._lock_parts(locks, deadlocks))
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -101,6 +107,18 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
+
+    def _lock_parts(self, locks: Locks, deadlocks: Deadlocks) -> tuple[Part, ...]:
+        shared: dict[str, Any] = {
+            "leader": self.leader,
+            "locks": locks,
+            "index": self._index,
+            "tail": self._tail,
+            "speaker": Speaker(self._broker.send),
+            "clock": time.monotonic,
+        }
+        detector = Detector(**shared, graph=WaitGraph(locks), found=deadlocks, policy=self.settings.victim)
+        return detector, LockPart(**shared, detector=detector)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.

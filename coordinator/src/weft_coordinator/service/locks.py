@@ -196,10 +196,10 @@ class LockPart(Part):
 
         def decided(_: int) -> list[Event]:
             events.extend(act())
-            for agent, request, what, _why, reason in changes(events):
+            for agent, request, what, why, reason in changes(events):
                 known = self._locks.find(agent, request)  # those that go are gone once it is folded
                 if known is not None:
-                    found.append((what, reason, known))
+                    found.append((why if what == "lost" else what, reason, known))
             return events
 
         stored = self._leader.submit(decided)
@@ -223,15 +223,16 @@ class LockPart(Part):
 
     def _push(self, what: str, reason: str, request: Request, asked: str) -> tuple[Key, dict[str, Any]] | None:
         """What the replica of a request is told of a change."""
-        if what in ("granted", "freed", "lost"):
+        if what not in ("waiting", "moved"):
             self._detector.settled(request)
         key = (request.agent, request.replica)
         data = {"request": request.request, "task": request.task, "claim": request.claim}
         if what == "granted" and request.request != asked:
             return key, {**data, "state": "granted", "token": request.token, "lease": _lease(request)}
-        if what == "lost":
-            return key, {**data, "state": "lost", "reason": reason}
-        return None
+        if what in ("expired", "forced"):
+            why = f"the operator released it: {reason}" if what == "forced" else "its lease ended"
+            return key, {**data, "state": "lost", "reason": why}
+        return None  # the replica knows, or is told of the deadlock
 
     # Requests ----------------------------------------------------------------------------------
 
@@ -278,9 +279,7 @@ class LockPart(Part):
                 waiting.append(request)
             return {"state": "waiting", "ahead": self._locks.ahead(request) if request is not None else 0}
 
-        self.decide(
-            lambda: self._locks.request(ask, ancestors=ancestors), answer=answer, told=told, asked=ask.request
-        )
+        self.decide(lambda: self._locks.request(ask, ancestors=ancestors), answer=answer, told=told, asked=ask.request)
         self._heard(key, lease)
         for request in waiting:
             self._detector.queued(request)
@@ -322,12 +321,15 @@ class LockPart(Part):
             self.decide(lambda r=request: self._locks.release(caller, r.request, claim=r.claim))  # type: ignore[misc]
         if known or waits:
             self._heard(key, min((_lease(r) for r in known.values()), default=LEASE))
+        resync = self._detector.told_by(key) != waits
+        if resync:
+            self._detector.forget(key)
         own = [known[name] for name in named if name in known]
         told = {
             "held": {r.request: {"token": r.token, "lease": _lease(r)} for r in own if r.held},
             "waiting": {r.request: {} for r in own if not r.held},
             "lost": [name for name in named if name not in known and (caller, name) not in self._looking],
-            "resync": self._detector.told_by(key) != waits,
+            "resync": resync,
             "lease": LEASE,
         }
         self.decide(list, answer=answer, told=lambda _: told)
@@ -421,9 +423,7 @@ class LockPart(Part):
 
         taken = [r for r in self._locks.view(name)[0] if task in (None, r.task)]
         shown = {"name": name, "released": [{**_one(r), "token": r.token} for r in taken], "reason": reason}
-        self.decide(
-            lambda: self._locks.force(name, task, reason=reason), answer=answer, told=lambda _: shown
-        )
+        self.decide(lambda: self._locks.force(name, task, reason=reason), answer=answer, told=lambda _: shown)
         log.warning("the operator takes lock %r from %s: %s", name, ", ".join(r.task for r in taken), reason)
         return await done
 
