@@ -244,13 +244,14 @@ class Locks:
         Meant for a deadlock whose tasks before it in the queue cannot go on without it.
         """
         found = self.find(agent, request)
-        if found is None or found.state != WAITING:
+        if found is None or not self.may_overtake(found):
             return []
-        for name in found.names:
-            lock = self._names[name]
-            if any(_in_the_way(r, found, lock) for r in lock.holders):
-                return []
         return self._free([], first=found)
+
+    def may_overtake(self, request: Request) -> bool:
+        """Whether a request waits for its turn only: no holder is in its way."""
+        locks = [self._names[name] for name in request.names] if request.waits else []
+        return bool(locks) and not any(_in_the_way(r, request, lock) for lock in locks for r in lock.holders)
 
     def chosen(self, task: str) -> list[Event]:
         """A task gave way in a deadlock."""

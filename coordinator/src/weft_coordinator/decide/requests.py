@@ -90,6 +90,11 @@ class Request:
         return self.state == HELD
 
     @property
+    def waits(self) -> bool:
+        """Whether it is in the queues."""
+        return self.state == WAITING
+
+    @property
     def mode(self) -> str:
         """`exclusive` or `shared`."""
         return MODES[0] if self.exclusive else MODES[1]
@@ -145,7 +150,7 @@ def names_of(value: Any) -> tuple[str, ...]:
     """The names of a request, from whatever came over the wire.
 
     Raises:
-        InvalidParams: it is no list of 1 to 64 different printable names of 1 to 256 characters; it says which is wrong.
+        InvalidParams: it is no list of 1 to 64 different printable names of 1 to 256 characters; it says which.
     """
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_NAMES:
         what = f"are {len(value)}" if isinstance(value, list | tuple) else "are missing or no list"
