@@ -26,7 +26,7 @@ from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.gate import Gate
-from weft_coordinator.service.locks import LockPart, Speaker
+from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
@@ -109,16 +109,16 @@ class Coordinator:
         self._answered = 0
 
     def _lock_parts(self, locks: Locks, deadlocks: Deadlocks) -> tuple[Part, ...]:
-        shared: dict[str, Any] = {
-            "leader": self.leader,
-            "locks": locks,
-            "index": self._index,
-            "tail": self._tail,
-            "speaker": Speaker(self._broker.send),
-            "clock": time.monotonic,
-        }
-        detector = Detector(**shared, graph=WaitGraph(locks), found=deadlocks, policy=self.settings.victim)
-        return detector, LockPart(**shared, detector=detector)
+        shared = Shared(
+            leader=self.leader,
+            locks=locks,
+            index=self._index,
+            tail=self._tail,
+            speaker=Speaker(self._broker.send),
+            clock=time.monotonic,
+        )
+        detector = Detector(shared, WaitGraph(locks), found=deadlocks, policy=self.settings.victim)
+        return detector, LockPart(shared, detector)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.

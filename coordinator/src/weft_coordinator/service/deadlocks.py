@@ -16,11 +16,10 @@ from typing import Any, Final, Protocol
 from weft.core.supervise import Tasks
 from weft_coordinator.decide.deadlocks import FOUND, Deadlock, Deadlocks, plain
 from weft_coordinator.decide.graph import Core, Facts, Policy, WaitGraph, victim
-from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.locks import Locks, Request
 from weft_coordinator.decide.registry import Fields
-from weft_coordinator.service.locks import Decider, Key, Speaker, Synced
+from weft_coordinator.service.locks import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidParams, PermissionDenied, WeftError
@@ -80,30 +79,17 @@ class Detector(Part):
     Args:
         found: The ledger of the deadlocks.
         policy: Which task of a circle gives way.
-        clock: Seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        *,
-        leader: Decider,
-        graph: WaitGraph,
-        locks: Locks,
-        found: Deadlocks,
-        index: TaskIndex,
-        tail: Synced,
-        speaker: Speaker,
-        clock: Callable[[], float],
-        policy: Policy = "youngest",
-    ) -> None:
+    def __init__(self, shared: Shared, graph: WaitGraph, *, found: Deadlocks, policy: Policy = "youngest") -> None:
         self.graph = graph
-        self._leader = leader
-        self._locks = locks
+        self._leader = shared.leader
+        self._locks = shared.locks
         self._found = found
-        self._index = index
-        self._tail = tail
-        self._speaker = speaker
-        self._clock = clock
+        self._find = shared.find
+        self._tail = shared.tail
+        self._speaker = shared.speaker
+        self._clock = shared.clock
         self._policy = policy
         self._decide: Decide | None = None
         self._owner: dict[tuple[str, str], Key] = {}
@@ -244,10 +230,6 @@ class Detector(Part):
             tasks[one.task] = None
         for task in tasks:
             self._check(self.graph.check(task))
-
-    def _find(self, agent: str, task: str) -> Entry | None:
-        entry = self._index.find(agent, task, caller=subjects.OPERATOR)
-        return entry if entry is not None and entry.created else None
 
     # Breaking ----------------------------------------------------------------------------------
 

@@ -85,6 +85,24 @@ class Speaker:
             log.debug("replica %s of %s is not told %s: %s", key[1], key[0], op, error)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What decisions about locks and about deadlocks are made with."""
+
+    leader: Decider
+    locks: Locks
+    index: TaskIndex
+    tail: Synced
+    speaker: Speaker
+    clock: Callable[[], float]
+    """Seconds, monotonic."""
+
+    def find(self, agent: str, task: str) -> Entry | None:
+        """A task of an agent, if it was really sent to it."""
+        entry = self.index.find(agent, task, caller=subjects.OPERATOR)
+        return entry if entry is not None and entry.created else None
+
+
 @dataclass(slots=True)
 class _Session:
     heard: float
@@ -93,30 +111,16 @@ class _Session:
 
 
 class LockPart(Part):
-    """Operations `lock`, `unlock`, `session`, and for the operator `locks` and `lock-release`.
+    """Operations `lock`, `unlock`, `session`, and for the operator `locks` and `lock-release`."""
 
-    Args:
-        clock: Seconds, monotonic; the event loop's.
-    """
-
-    def __init__(
-        self,
-        *,
-        leader: Decider,
-        locks: Locks,
-        detector: Detector,
-        index: TaskIndex,
-        tail: Synced,
-        speaker: Speaker,
-        clock: Callable[[], float],
-    ) -> None:
-        self._leader = leader
-        self._locks = locks
+    def __init__(self, shared: Shared, detector: Detector) -> None:
+        self._leader = shared.leader
+        self._locks = shared.locks
         self._detector = detector
-        self._index = index
-        self._tail = tail
-        self._speaker = speaker
-        self._clock = clock
+        self._find = shared.find
+        self._tail = shared.tail
+        self._speaker = shared.speaker
+        self._clock = shared.clock
         self._sessions: dict[Key, _Session] = {}
         self._looking: dict[Key, Ask] = {}
         """Requests whose task is not in the index yet, by (agent, request)."""
@@ -235,11 +239,6 @@ class LockPart(Part):
         return None  # the replica knows, or is told of the deadlock
 
     # Requests ----------------------------------------------------------------------------------
-
-    def _find(self, agent: str, task: str) -> Entry | None:
-        """The task, if it was really sent to this agent."""
-        entry = self._index.find(agent, task, caller=subjects.OPERATOR)
-        return entry if entry is not None and entry.created else None
 
     def _lock(self, body: Body, caller: str, answer: Answer) -> None:
         ask = _asked(body, caller)

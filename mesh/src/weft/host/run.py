@@ -9,8 +9,8 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
