@@ -17,7 +17,7 @@ from weft.core.supervise import Tasks
 from weft_coordinator.decide.deadlocks import FOUND, Deadlock, Deadlocks, plain
 from weft_coordinator.decide.graph import Core, Facts, Policy, WaitGraph, victim
 from weft_coordinator.decide.ledger import Event
-from weft_coordinator.decide.locks import Locks, Request
+from weft_coordinator.decide.locks import Request
 from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.locks import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
