@@ -88,7 +88,9 @@ async def _refused(run: Run) -> bool:
         await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
         return True
     if work.deadline is not None and work.deadline < time.time():
-        await run.finish(State.FAILED, a2a.parts_of("the deadline had passed before the task could start"))
+        late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
+        await run.cancel_children(late)
+        await run.finish(State.FAILED, a2a.parts_of(late))
         return True
     if run.tries > run.agent.attempts:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
@@ -357,7 +359,7 @@ async def force_cancel(replica: Owner, run: Run) -> None:
 
 
 async def _suspended(replica: Owner, run: Run) -> None:
-    """The task waits for an answer: it leaves memory, its claim says what wakes it."""
+    """The task only waits: it leaves memory, its claim says what for."""
     await run.log.settle()
     work = run.work
     if not run.claim.waiting:  # else it was suspended before, and has the record

@@ -21,6 +21,7 @@ from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.slots import SlotHold
+from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Fenced
@@ -179,6 +180,8 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
+    waits: Waits
+    """What it waits for."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
@@ -200,11 +203,9 @@ class Run:
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
     waiting: str = ""
-    """Key of the question a suspended task waits on."""
+    """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
-    """Stream sequence of that question's record: what was sent before it is no answer."""
-    busy: int = 0
-    """Steps, children and timers in progress: a task with any of them does not suspend."""
+    """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
@@ -258,12 +259,6 @@ class Run:
         for given in [given for given in self.inbox if given.proto.message_id == answer.message_id]:
             self.inbox.remove(given)
             self.consumed(given)
-
-    def rest(self) -> None:
-        """One step, child or timer is over: where it was the last, a waiting question may suspend the task."""
-        self.busy -= 1
-        if self.busy == 0:
-            self.arrived.set()
 
     def consumed(self, given: Input) -> None:
         """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""

@@ -181,11 +181,8 @@ class Task(Delegating, Waiting):
         if stored is not None:
             return await self._recorded(StepRecord.decode(stored.data), digest=digest, returns=returns)
         started = time.monotonic()
-        run.busy += 1
-        try:
+        with run.waits.working():
             result, tries = await try_step(key, fn, args=args, kwargs=kwargs, policy=policy, run=run)
-        finally:
-            run.rest()
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:
             value = values.encode({"weft.blob": (await blobs.put(run.mesh.broker, value)).url}, where=key)
