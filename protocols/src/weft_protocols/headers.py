@@ -44,6 +44,8 @@ SUBJECT: Final = "Nats-Subject"
 TIMESTAMP: Final = "Nats-Time-Stamp"
 
 A2A_VERSION: Final = "1.0"
+WAKE: Final = "Wake"
+"""Value of `A2A-Method`: what a suspended task waits for has happened."""
 PROTOBUF: Final = "application/protobuf"
 JSON: Final = "application/json"
 MAX_BLOCK: Final = 4096

@@ -66,6 +66,8 @@ class Claim(_Record):
     """Key of the question a suspended task waits on."""
     at: int = 0
     """Unix milliseconds, for people; nothing is decided on it."""
+    gave_way: int = 0
+    """Attempts that ended because the task was chosen to break a deadlock. They are handed back and do not count."""
 
 
 @dataclass(frozen=True, slots=True)

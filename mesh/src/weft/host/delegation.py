@@ -83,25 +83,25 @@ class Delegating:
         child = run.children[child_id] = Child(agent, options["context_id"], message_id)
         await run.remember_children()
         left = self._time_left(deadline)
-        run.busy += 1
         try:
-            handle = await run.mesh.submit(
-                agent,
-                message,
-                message_id=message_id,
-                deadline=left,
-                headers=self._passed_on(),
-                **options,
-            )
+            with run.waits.working():
+                handle = await run.mesh.submit(
+                    agent,
+                    message,
+                    message_id=message_id,
+                    deadline=left,
+                    headers=self._passed_on(),
+                    **options,
+                )
+            until = None if left is None else time.time() + left + 5.0
             async with handle, run.slot.waiting():
-                view = await handle.result(None if left is None else left + 5.0)
-                task = handle._watched.watch.task()
+                with run.waits.open("child", (child_id,), key=key, until=until):
+                    view = await handle.result(None if left is None else left + 5.0)
+                    task = handle._watched.watch.task()
         except asyncio.CancelledError:
             if run.stop is None:
                 await run.cancel_child(child_id, "its parent does not wait for it any more")
             raise
-        finally:
-            run.rest()
         if view.state.terminal:
             child.done = True
             if task.ByteSize() <= blobs.LIMIT * 2:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from weft.core.broker import Broker, Stored, sequence_of
-from weft.host import waits
+from weft.host import held
 from weft.host.fence import Fence
 from weft_protocols import headers as h
 from weft_protocols import subjects
@@ -62,7 +62,7 @@ class Journal:
         return sum(self._ordinals.values())
 
     def _scoped(self, name: str, *, count: bool) -> str:
-        waits.check_locks()
+        held.check()
         surrounding = _SCOPE.get()
         base = f"{surrounding}{NESTED}{name}" if surrounding else name
         if not count:

@@ -10,6 +10,7 @@ from weft.core.broker import Broker
 from weft.host.agent import Agent
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
+from weft.host.waits import Observer
 from weft_protocols.records import Claim
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Owner(Protocol):
     @property
     def session(self) -> Session:
         """Its locks and waits."""
+        ...
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Who is told of what its tasks wait for."""
         ...
 
     @property

@@ -10,7 +10,6 @@ import enum
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -22,7 +21,7 @@ from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.slots import SlotHold
-from weft.host.waits import Wait, Waits
+from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Fenced
@@ -185,6 +184,8 @@ class Run:
     """Where synchronous handlers and steps run."""
     session: Session
     """Where locks are asked for and waits are told."""
+    waits: Waits
+    """What it waits for."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
@@ -206,14 +207,11 @@ class Run:
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
     waiting: str = ""
-    """Key of the question a suspended task waits on."""
+    """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
-    """Stream sequence of that question's record: what was sent before it is no answer."""
-    busy: int = 0
-    """Steps, children, timers and locks in progress: a task with any of them does not suspend."""
+    """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
     locks: list[Lock] = field(default_factory=list)
     """Locks in whose blocks it is."""
-    waits: Waits = field(init=False)
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
@@ -222,13 +220,6 @@ class Run:
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
     ended: bool = False
-
-    def __post_init__(self) -> None:
-        self.waits = Waits(self, self.session)
-
-    def waiting_for(self, kind: str, *targets: str, need: int = 1) -> AbstractContextManager[Wait]:
-        """Wait inside for at least `need` of the targets, in a branch that counts as busy (`weft.host.waits`)."""
-        return self.waits.waiting_for(kind, *targets, need=need)
 
     @property
     def task_id(self) -> str:
@@ -274,14 +265,6 @@ class Run:
         for given in [given for given in self.inbox if given.proto.message_id == answer.message_id]:
             self.inbox.remove(given)
             self.consumed(given)
-
-    def rest(self) -> None:
-        """One step, child or timer is over: where it was the last, a waiting question may suspend the task."""
-        self.busy -= 1
-        if self.busy == 0:
-            self.arrived.set()
-        elif self.waits.open:
-            self.waits.settled()
 
     def consumed(self, given: Input) -> None:
         """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 from a2a.types import a2a_pb2 as pb
 
-from weft.host.run import Input, Run, Stop
+from weft.host.run import Input, Run
 from weft_protocols import a2a, records
 from weft_protocols.errors import DeadlineExceeded
 from weft_protocols.parts import Message
@@ -31,22 +31,18 @@ class Waiting:
             until = float(msgpack.unpackb(stored.data)["until"])
         else:
             await run.journal.write(key, bytes(msgpack.packb({"until": until})))
-        run.busy += 1
-        try:
-            async with run.slot.waiting():
+        async with run.slot.waiting():
+            with run.waits.open("timer", key=key, until=until):
                 await asyncio.sleep(max(0.0, until - time.time()))
-        finally:
-            run.rest()
 
     async def ask(self, question: Any, *, timeout: float | None = None, auth: bool = False, **metadata: Any) -> Message:
         """Ask the caller and wait for the answer (`input-required`, or `auth-required` with `auth`).
 
-        Holds no slot. After the agent's `suspend_after` seconds the task leaves memory and goes on, on any
-        replica, when the answer comes; with a `timeout` (seconds) it stays. A message sent before the question
-        is not its answer.
+        Holds no slot. After the agent's `suspend_after` seconds in which nothing of the task runs it leaves memory
+        and goes on, on any replica, when the answer comes. A message sent before the question is not its answer.
 
         Raises:
-            DeadlineExceeded: no answer within `timeout`.
+            DeadlineExceeded: no answer within `timeout` seconds of the question.
         """
         run = self._run
         key = run.journal.own_key(records.ANSWER_KEY)
@@ -60,36 +56,41 @@ class Waiting:
             run.resumed = None
             run.history.append(given.proto)
         else:
-            before = await run.journal.read(f"{key}-asked")
-            asked = before.seq if before is not None else (await run.journal.write(f"{key}-asked", b""))[0]
+            asked, until = await self._asked(key, timeout)
             state = State.AUTH_REQUIRED if auth else State.INPUT_REQUIRED
             event = run.status_event(state, a2a.parts_of(question), metadata=metadata or None)
             run.note(event)
             await run.log.post(event, state=state, extra=await run.save_snapshot())
             await run.log.settle()
-            given = await self._answer(key, after=asked, timeout=timeout)
+            given = await self._answer(key, after=asked, until=until)
+            if given is None:
+                raise DeadlineExceeded(f"no answer within {timeout:g} s")
         _, winner = await run.journal.write(key, given.proto.SerializeToString())
         run.consumed(given)
         await run.status(State.WORKING)
         return a2a.message_from_proto(pb.Message.FromString(winner))
 
-    async def _answer(self, key: str, *, after: int, timeout: float | None) -> Input:
+    async def _asked(self, key: str, timeout: float | None) -> tuple[int, float | None]:
+        """Sequence of the record that a question was asked, which is written once, and until when it waits."""
         run = self._run
-        now = asyncio.get_running_loop().time
-        give_up = None if timeout is None else now() + timeout
-        suspend_at = now() + run.agent.suspend_after
+        until = None if timeout is None else time.time() + timeout
+        before = await run.journal.read(f"{key}-asked")
+        if before is None:
+            data = b"" if until is None else bytes(msgpack.packb({"until": until}))
+            return (await run.journal.write(f"{key}-asked", data))[0], until
+        return before.seq, float(msgpack.unpackb(before.data)["until"]) if before.data else None
+
+    async def _answer(self, key: str, *, after: int, until: float | None) -> Input | None:
+        """The first message that came after the question; None if none does in time."""
+        run = self._run
         async with run.slot.waiting():
-            while True:
-                if (given := run.take_input(after)) is not None:
-                    return given
-                run.arrived.clear()
-                may_suspend = give_up is None and run.busy == 0
+            with run.waits.open("answer", key=key, until=until) as wait:
+                wait.asked = after
                 try:
-                    async with asyncio.timeout_at(suspend_at if may_suspend else give_up):
-                        await run.arrived.wait()
+                    async with asyncio.timeout(None if until is None else max(0.0, until - time.time())):
+                        while (given := run.take_input(after)) is None:
+                            run.arrived.clear()
+                            await run.arrived.wait()
                 except TimeoutError:
-                    if give_up is not None:
-                        raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
-                    run.waiting, run.asked = key, after
-                    run.interrupt(Stop.SUSPEND)
-                    await asyncio.Event().wait()
+                    return None
+                return given

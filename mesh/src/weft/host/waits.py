@@ -1,156 +1,171 @@
-"""What a task waits for, as the coordinator hears of it: it looks for waits that go in a circle.
+"""What the branches of one task wait for, in one place.
 
-A wait is told only while nothing else of the task runs, because a task with a branch that goes on is not stuck.
+A handler may do several things at once: each thing that waits says what for, each thing that works says so too. So it
+is known when a task only waits, for what, and since when; whoever has to know is told of each wait as it begins
+and ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
+from weft.host import held
 from weft_protocols.errors import CycleEdge, DeadlockError
 
-if TYPE_CHECKING:
-    from weft.host.run import Run
-
-LOCK: Final = "lock"
-CHILD: Final = "child"
-ORDER: Final = "order"
-OUTSIDE: Final = "outside"
-"""Something that nobody in the mesh can hold up: an answer, a time. Whoever waits for it is not stuck."""
-
-
-class Holding(Protocol):
-    """A lock that a branch of a task holds."""
-
-    def check(self) -> None:
-        """Raise LockLost where it is not held any more."""
-        ...
-
-
-_AROUND: ContextVar[tuple[Holding, ...]] = ContextVar("weft_locks_around", default=())
-
-
-def around() -> tuple[Holding, ...]:
-    """The locks in whose blocks this branch of its task is, the outermost first."""
-    return _AROUND.get()
-
-
-def enter(lock: Holding) -> None:
-    """This branch, and those it begins, are in a lock's block from now on."""
-    _AROUND.set((*_AROUND.get(), lock))
-
-
-def leave(lock: Holding) -> None:
-    """This branch is not in the lock's block any more."""
-    _AROUND.set(tuple(one for one in _AROUND.get() if one is not lock))
-
-
-def check_locks() -> None:
-    """Raise LockLost where a lock around this branch is lost. Costs nothing where there is none."""
-    for lock in _AROUND.get():
-        lock.check()
-
-
-class Reporter(Protocol):
-    """Where a replica's waits are told."""
-
-    def wait_changed(self, run: Run, wait_id: str, *, urgent: bool) -> None:
-        """A wait began, ended, or is the only thing left of its task."""
-        ...
+Kind = Literal["child", "timer", "answer", "lock", "order"]
+PARKABLE: Final = frozenset(("child", "timer", "answer"))
+"""What a task can wait for while it is not in memory."""
+_NUMBERS = itertools.count(1)
 
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """One wait of one branch."""
+    """One thing a task waits for."""
 
-    kind: str
+    id: int
+    """Number of the wait; no other of this process has it."""
+    kind: Kind
     targets: tuple[str, ...]
-    """Ids of tasks, or names of locks."""
+    """Whom it waits for: ids of tasks for `child` and `order`, names for `lock`; nobody in the mesh otherwise."""
     need: int
-    """How many of them have to end."""
-    around: tuple[Holding, ...]
-    """Locks that are held as long as the wait lasts."""
-    branch: asyncio.Task[object] | None
+    """How many of the targets must end; 0 for all."""
+    key: str
+    """Journal key of what is waited for; empty for what has none."""
+    until: float | None
+    """Unix seconds at which it ends by itself; None for never."""
+    asked: int = 0
+    """Of an `answer`: stream sequence of the question's record. What was sent before it is no answer."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """Of a `child`: number of the last event of each target whose question is known here already."""
+    around: tuple[held.Holding, ...] = field(default_factory=held.around)
+    """Locks that are held as long as it lasts."""
+    branch: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    """Who waits."""
     cycle: tuple[CycleEdge, ...] = ()
-    """Set when the coordinator chose this wait to give way."""
+    """The deadlock in which it gives way; empty where it does not."""
+
+    def give_way(self, cycle: tuple[CycleEdge, ...]) -> None:
+        """End it with DeadlockError."""
+        if not self.cycle and self.branch is not None:
+            self.cycle = cycle
+            self.branch.cancel("deadlock")
+
+
+class Observer(Protocol):
+    """Is told of every wait of every task of a replica. Must not block or raise."""
+
+    def __call__(self, waits: Waits, wait: Wait, opened: bool) -> None:
+        """`wait` began, or ended. Told again of one that goes on when nothing else of its task does."""
+        ...
 
 
 class Waits:
-    """The waits of one task."""
+    """The waits of one task on one replica.
 
-    __slots__ = ("_count", "_reporter", "_run", "open", "still")
+    Args:
+        task_id: The task.
+        observers: Told of each wait. The sequence is the replica's own: what is added to it later counts as well.
+    """
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        self.open: dict[str, Wait] = {}
-        self.still = 0
-        """Of what keeps the task busy: waits, and locks that are held."""
-        self._run = run
-        self._reporter = reporter
-        self._count = 0
-
-    @property
-    def stuck(self) -> bool:
-        """Whether nothing of the task goes on until one of its waits ends, as far as a replica can see.
-
-        A branch in the block of a lock counts as going on where no wait is inside that block.
-        """
-        run = self._run
-        if not self.open or run.busy > self.still or run.stop is not None or run.ended:
-            return False
-        waited_in = {id(lock) for wait in self.open.values() for lock in wait.around}
-        return all(id(lock) in waited_in for lock in run.locks)
-
-    def set(self, wait_id: str, kind: str, targets: Iterable[str], *, need: int = 1) -> Wait:
-        """A branch begins to wait."""
-        wait = Wait(kind, tuple(targets), need, around(), asyncio.current_task())
-        self.open[wait_id] = wait
-        if kind != LOCK:  # of those the coordinator knows
-            self._reporter.wait_changed(self._run, wait_id, urgent=bool(self._run.locks))
-        return wait
-
-    def clear(self, wait_id: str) -> None:
-        """It does not wait any more."""
-        wait = self.open.pop(wait_id, None)
-        if wait is not None and wait.kind != LOCK:
-            self._reporter.wait_changed(self._run, wait_id, urgent=False)
-
-    def settled(self) -> None:
-        """Something else of the task is over: what is left may be waits only."""
-        if self.open and self._run.busy <= self.still:
-            for wait_id in self.open:
-                self._reporter.wait_changed(self._run, wait_id, urgent=True)
+    def __init__(self, task_id: str, *, observers: Sequence[Observer] = ()) -> None:
+        self.task_id = task_id
+        self.changed = asyncio.Event()
+        """Set at each change; whoever waits for it clears it."""
+        self.changes = 0
+        """How often something began or ended."""
+        self.since = 0.0
+        """The loop's time of the last change."""
+        self._observers = observers
+        self._open: dict[int, Wait] = {}
+        self._working = 0
+        self._kept = 0
 
     @contextmanager
-    def waiting_for(self, kind: str, *targets: str, need: int = 1, wait_id: str = "") -> Iterator[Wait]:
-        """Wait inside for at least `need` of the targets; the branch counts as busy already.
+    def open(
+        self,
+        kind: Kind,
+        targets: tuple[str, ...] = (),
+        *,
+        need: int = 0,
+        key: str = "",
+        until: float | None = None,
+    ) -> Iterator[Wait]:
+        """Inside, a branch of the task waits for `need` (0: all) of `targets`, at most until `until`.
 
         Raises:
-            DeadlockError: this wait is part of a deadlock and was chosen to give way; the body was cancelled.
+            DeadlockError: the coordinator chose this wait to give way; what was inside was cancelled.
         """
-        task = asyncio.current_task()
-        cancelled = task.cancelling() if task is not None else 0
-        self._count += 1
-        name = wait_id or f"{self._run.fence.token}-{self._count}"
-        wait = self.set(name, kind, targets, need=need)
-        self.still += 1
+        wait = Wait(next(_NUMBERS), kind, targets, need, key, until)
+        before = wait.branch.cancelling() if wait.branch is not None else 0
+        self._open[wait.id] = wait
+        self._tell(wait, opened=True)
         try:
             yield wait
         except asyncio.CancelledError:
-            if wait.cycle and task is not None and task.uncancel() <= cancelled:
+            if wait.cycle and wait.branch is not None and wait.branch.uncancel() <= before:
                 raise DeadlockError(cycle=wait.cycle) from None
             raise
         finally:
-            self.still -= 1
-            self.clear(name)
+            del self._open[wait.id]
+            self._tell(wait, opened=False)
 
-    def give_way(self, wait_id: str, cycle: tuple[CycleEdge, ...]) -> None:
-        """Have a wait raise DeadlockError, if it goes on."""
-        wait = self.open.get(wait_id)
-        if wait is not None and not wait.cycle and wait.branch is not None:
-            wait.cycle = cycle
-            wait.branch.cancel("deadlock")
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, a branch of the task does something that would have to be done again."""
+        self._working += 1
+        self.touch()
+        try:
+            yield
+        finally:
+            self._working -= 1
+            self._settled()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, the task stays in memory whatever it waits for, as whoever holds a lock does."""
+        self._kept += 1
+        self.touch()
+        try:
+            yield
+        finally:
+            self._kept -= 1
+            self._settled()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the task does nothing but wait."""
+        return bool(self._open) and not self._working
+
+    @property
+    def parkable(self) -> bool:
+        """Whether it does nothing but wait, and every wait goes on when it is not in memory."""
+        return self.idle and not self._kept and all(wait.kind in PARKABLE for wait in self._open.values())
+
+    @property
+    def all(self) -> tuple[Wait, ...]:
+        """What it waits for now, the longest wait first."""
+        return tuple(self._open.values())
+
+    def touch(self) -> None:
+        """Something changed: whoever decided on what was before decides again."""
+        self.changes += 1
+        self.since = asyncio.get_running_loop().time()
+        self.changed.set()
+
+    def _settled(self) -> None:
+        """Something other than a wait is over: what is left may be waits only."""
+        self.touch()
+        if self._open and not self._working:
+            for wait in self.all:
+                for observer in self._observers:
+                    observer(self, wait, True)
+
+    def _tell(self, wait: Wait, *, opened: bool) -> None:
+        self.touch()
+        for observer in self._observers:
+            observer(self, wait, opened)
