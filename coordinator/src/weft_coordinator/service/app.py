@@ -19,13 +19,16 @@ from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
+from weft_coordinator.decide.parked import ParkedTasks
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.due import DuePart
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
@@ -86,10 +89,18 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        parked = ParkedTasks()
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+        )
+        waking = Waking(
+            broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
+        )  # fmt: skip
+        self._parts: tuple[Part, ...] = (
+            self._operations,
+            waking,
+            DuePart(broker, {TIMER: waking.due}),
         )
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
