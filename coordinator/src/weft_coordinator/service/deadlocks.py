@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from weft.core.supervise import Tasks
-from weft_coordinator.decide.deadlocks import FOUND, Deadlock, Deadlocks, plain
+from weft_coordinator.decide.found import FOUND, Deadlock, Deadlocks, plain
 from weft_coordinator.decide.graph import Core, Facts, Policy, WaitGraph, victim
 from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.locks import Request
+from weft_coordinator.decide.parked import Parked, ParkedTasks
 from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.locks import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
@@ -43,7 +44,9 @@ MAX_WAITS: Final = 10_000
 MAX_TARGETS: Final = 1_000
 KINDS: Final = ("child", "order", "outside")
 PATIENT: Final = 1_000_000
-"""Times a task counts as victim that was told to give way and did not."""
+"""Times a task counts as victim that was told to give way and did not, or that is not in memory to be told."""
+PARKED: Final = "parked"
+"""Name of the wait of a task that left memory."""
 
 
 class Decide(Protocol):
@@ -78,11 +81,22 @@ class Detector(Part):
 
     Args:
         found: The ledger of the deadlocks.
+        parked: The ledger of the tasks that left memory; they wait as well.
         policy: Which task of a circle gives way.
     """
 
-    def __init__(self, shared: Shared, graph: WaitGraph, *, found: Deadlocks, policy: Policy = "youngest") -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        graph: WaitGraph,
+        *,
+        found: Deadlocks,
+        parked: ParkedTasks,
+        policy: Policy = "youngest",
+    ) -> None:
         self.graph = graph
+        self._parked = parked
+        parked.follow = self._on_parked
         self._leader = shared.leader
         self._locks = shared.locks
         self._found = found
@@ -121,6 +135,8 @@ class Detector(Part):
     async def lead(self) -> None:
         """Begin with the waits for locks; replicas tell the others."""
         self._forget()
+        for parked in self._parked.all():
+            self._put_parked(parked)
         for request in sorted(self._locks.waiting(), key=lambda one: one.number):
             core = self.graph.lock(request)
             if core is not None:
@@ -169,6 +185,29 @@ class Detector(Part):
     def settled(self, request: Request) -> None:
         """A request does not wait any more."""
         self.graph.remove(request.task, request.request)
+
+    def ended(self, task: str) -> None:
+        """A task ended."""
+        for wait in self.graph.waits(task):
+            owner = self._owner.get((task, wait))
+            if owner is not None:
+                self._over(task, wait, owner)
+        self.graph.ended(task)
+
+    def _on_parked(self, parked: Parked, here: bool) -> None:
+        """A task left memory, or is woken."""
+        if not self._leader.leading:
+            return
+        self.graph.remove(parked.task, PARKED)
+        if here:
+            self._put_parked(parked)
+            self._check(self.graph.check(parked.task))
+
+    def _put_parked(self, parked: Parked) -> None:
+        """It waits for its children. Where it is woken at some time it is not stuck."""
+        if parked.children and not parked.until:
+            targets = [("child", child.task) for child in parked.children]
+            self.graph.put(parked.task, PARKED, agent=parked.agent, need=max(1, parked.need), targets=targets)
 
     def told_by(self, key: Key) -> int:
         """How many waits of a replica are known."""
@@ -276,9 +315,10 @@ class Detector(Part):
         for task in (*cycle, *(beside if len(beside) <= MAX_ASKED else ())):
             for wait in self.graph.waits(task):
                 owner = self._owner.get((task, wait)) or self._asker(task, wait)
-                if owner is None:
+                if owner is not None:
+                    asked[task, wait] = owner
+                elif wait != PARKED:
                     return False
-                asked[task, wait] = owner
         answers = [self._ask(task, wait, key) for (task, wait), key in asked.items()]
         sync = self._tasks.start(self._tail.sync())
         try:
@@ -333,7 +373,11 @@ class Detector(Part):
         if any(now - self._chosen.get(task, -REACTION) < REACTION for task in tasks):
             self._doubt(core, 0)  # it was told, and has its time
             return
-        chosen = victim(core, {edge.task: self._facts(edge.task, edge.agent) for edge in core.cycle}, self._policy)
+        facts = {
+            edge.task: self._facts(edge.task, edge.agent, parked=wait == PARKED)
+            for edge, wait in zip(core.cycle, core.waits, strict=True)
+        }
+        chosen = victim(core, facts, self._policy)
         place = tasks.index(chosen)
         edge, wait = core.cycle[place], core.waits[place]
         self._chosen[chosen] = now
@@ -357,7 +401,7 @@ class Detector(Part):
             if task != chosen:
                 self._check(self.graph.check(task))
 
-    def _facts(self, task: str, agent: str) -> Facts:
+    def _facts(self, task: str, agent: str, *, parked: bool) -> Facts:
         requests = self._locks.of_task(task)
         entry = self._find(agent, task)
         created = entry.created // 1_000_000 if entry is not None else min((r.created for r in requests), default=0)
@@ -365,7 +409,7 @@ class Detector(Part):
             created=created,
             work=max((r.work for r in requests), default=0),
             priority=max((r.priority for r in requests), default=0),
-            victims=PATIENT if task in self._chosen else self._locks.victims(task),
+            victims=PATIENT if parked or task in self._chosen else self._locks.victims(task),
         )
 
     # The operator ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Who holds what is in the log. When a replica was heard of last is not: a new lea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,11 +171,28 @@ class LockPart(Part):
         await self._tasks.aclose()
 
     async def tick(self, now: int) -> None:
-        """Free what tasks that ended still hold: their replica's word got lost, or it died."""
+        """Free what is held by tasks whose end was not noticed: it was read before this coordinator led."""
         held = {(r.agent, r.task) for key in self._locks.sessions() for r in self._locks.session(*key)}
         ended = [task for agent, task in held if (entry := self._find(agent, task)) is not None and entry.ended]
         if ended:
             self.decide(lambda: self._locks.ended(*ended))
+
+    # Following the index -----------------------------------------------------------------------
+
+    def created(self, entry: Entry, seq: int) -> None:
+        """A task was accepted: it holds nothing yet."""
+
+    def moved(self, entry: Entry) -> None:
+        """A task that ended holds nothing more, whatever its replica still says or did not."""
+        if not entry.ended or not self._leader.leading or not entry.created:
+            return
+        self._detector.ended(entry.task)
+        if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
+            with contextlib.suppress(Unavailable):
+                self.decide(lambda: self._locks.ended(entry.task))
+
+    def cleared(self) -> None:
+        """Everything is read anew: what ended is told again."""
 
     # Deciding ----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from weft_protocols import a2a, ids
 from weft_protocols import headers as h
 from weft_protocols.errors import (
     DeadlineExceeded,
+    DeadlockError,
     StepChanged,
     TaskCanceled,
     TaskEnded,
@@ -98,7 +99,7 @@ class Delegating:
                 with run.waits.open("child", (child_id,), key=key, until=until):
                     view = await handle.result(None if left is None else left + 5.0)
                     task = handle._watched.watch.task()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, DeadlockError):
             if run.stop is None:
                 await run.cancel_child(child_id, "its parent does not wait for it any more")
             raise

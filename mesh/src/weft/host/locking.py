@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from weft.host import waits
+from weft.host import held
 from weft.host.run import Run
 from weft_protocols.errors import InvalidParams, LockLost, UsageError
 
@@ -68,6 +69,8 @@ class Lock:
         self._session: Session = run.session
         self._used = False
         self._inside = False
+        self._kept = ExitStack()
+        """Keeps the task in memory."""
 
     @property
     def token(self) -> int:
@@ -115,10 +118,9 @@ class Lock:
         self._used = True
         await self._session.acquire(self)
         self.run.locks.append(self)
-        self.run.busy += 1
-        self.run.waits.still += 1
+        self._kept.enter_context(self.run.waits.kept())
         self._inside = True
-        waits.enter(self)
+        held.enter(self)
         try:
             self.check()
         except LockLost:
@@ -135,7 +137,7 @@ class Lock:
             raise LockLost(f"lock {self} of task {self.run.task_id} was lost inside its block: {why}")
 
     def _leave(self) -> None:
-        waits.leave(self)
+        held.leave(self)
         self.end()
         self._session.release(self)
 
@@ -144,8 +146,7 @@ class Lock:
         if self._inside:
             self._inside = False
             self.run.locks.remove(self)
-            self.run.waits.still -= 1
-            self.run.rest()
+            self._kept.close()
 
     def __str__(self) -> str:
         return " + ".join(map(repr, self.names))
@@ -179,7 +180,7 @@ class Locking:
             wait: Seconds to wait; None until the task's deadline, 0 to try once.
             lease: Seconds, at least 1.
             reentrant: Be let in where a task that delegated this one, directly or not, holds the lock.
-            priority: Higher is served first, and gives way last in a deadlock.
+            priority: The higher, the later it gives way in a deadlock where the mesh chooses by priority.
 
         Raises:
             LockTimeout: it was not granted within `wait`; nothing is held.

@@ -210,6 +210,8 @@ class Run:
     """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
     """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
+    claimed: int = field(init=False)
+    """Sequence of the claim with which this attempt began; it may renew it."""
     locks: list[Lock] = field(default_factory=list)
     """Locks in whose blocks it is."""
     stop: Stop | None = None
@@ -220,6 +222,9 @@ class Run:
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.claimed = self.fence.token
 
     @property
     def task_id(self) -> str:

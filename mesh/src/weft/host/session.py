@@ -19,7 +19,7 @@ from weft.client import coordinator
 from weft.host.locking import Lock
 from weft.host.owner import Owner
 from weft.host.run import Run
-from weft.host.waits import LOCK
+from weft.host.waits import Wait, Waits
 from weft_protocols import subjects
 from weft_protocols.errors import (
     BrokerError,
@@ -46,7 +46,11 @@ SOON: Final = 1.0
 """Seconds until the next session request after one without an answer."""
 TELL_AFTER: Final = 0.02
 """Seconds a wait lasts before it is told, where its task holds no lock: most children answer sooner."""
+LOCK: Final = "lock"
+TOLD: Final = frozenset(("child", "order", LOCK))
+"""Kinds of waits that can be part of a deadlock. What waits for an answer or a time is not stuck."""
 _Key = tuple[str, str]
+_Waiting = tuple[Run, Wait]
 
 
 class Session:
@@ -59,9 +63,10 @@ class Session:
         self._held: dict[str, Lock] = {}
         self._giving: dict[str, bytes] = {}
         """Requests that were given back and not confirmed yet, with the message that says so."""
-        self._waits: dict[_Key, Run] = {}
+        self._waits: dict[_Key, _Waiting] = {}
         """Waits the coordinator was told of, by task and wait."""
-        self._changed: dict[_Key, Run] = {}
+        self._changed: dict[_Key, _Waiting | None] = {}
+        """What it is to be told: a wait, or None for one that is over."""
         self._tick: asyncio.TimerHandle | None = None
         self._telling: asyncio.TimerHandle | None = None
         self._alone = False
@@ -76,11 +81,10 @@ class Session:
             LockTimeout, DeadlockError, LockLost: as `Task.lock` says.
         """
         run = lock.run
-        lock.claim = run.fence.token
+        lock.claim = run.claimed
         self._asked[lock.request] = lock
-        run.busy += 1
         try:
-            with run.waits.waiting_for(LOCK, *lock.names, wait_id=lock.request):
+            with run.waits.open("lock", lock.names, key=lock.request):
                 await self._wait(lock)
             if not self._known(lock):
                 raise LockLost(f"lock {lock} of task {run.task_id} was not granted: its attempt has ended")
@@ -89,7 +93,6 @@ class Session:
             raise
         finally:
             self._asked.pop(lock.request, None)
-            run.rest()
         self._held[lock.request] = lock
         self._schedule()
 
@@ -192,15 +195,15 @@ class Session:
 
     def end(self, run: Run) -> None:
         """A task is not worked on here any more: nothing is held or waited for in its name."""
-        if not run.locks and not run.waits.open:
+        if not run.locks and not run.waits.all:
             return
         for lock in [lock for lock in (*self._held.values(), *self._asked.values()) if lock.run is run]:
             self.release(lock)
             if lock.outcome is not None and not lock.outcome.done():
                 lock.outcome.set_exception(LockLost(f"the attempt of task {run.task_id} has ended"))
                 lock.outcome.exception()
-        for wait_id in list(run.waits.open):
-            run.waits.clear(wait_id)
+        for wait in run.waits.all:
+            self(run.waits, wait, False)
 
     # What the coordinator says -----------------------------------------------------------------
 
@@ -211,9 +214,9 @@ class Session:
             if control.op == "lock":
                 self._on_lock(told)
             elif control.op == "deadlock":
-                run = self._owner.live.get(told["task"])
-                if run is not None:
-                    run.waits.give_way(told["wait"], _cycle(told["cycle"]))
+                wait = self._wait_of(told["task"], told["wait"])
+                if wait is not None:
+                    wait.give_way(_cycle(told["cycle"]))
             elif control.op == "waiting?":
                 self._on_question(told)
             elif control.op == "resync":
@@ -249,8 +252,12 @@ class Session:
     def _on_question(self, told: Mapping[str, Any]) -> None:
         """Whether a wait goes on and nothing else of its task does: asked before anybody gives way."""
         run = self._owner.live.get(told["task"])
-        waits = run is not None and told["wait"] in run.waits.open and run.waits.stuck
+        waits = run is not None and self._wait_of(told["task"], told["wait"]) is not None and _stuck(run)
         self._post("confirm", {"question": told["question"], "waits": waits})
+
+    def _wait_of(self, task_id: str, wait_id: str) -> Wait | None:
+        run = self._owner.live.get(task_id)
+        return next((one for one in (run.waits.all if run is not None else ()) if _id(one) == wait_id), None)
 
     # The session -------------------------------------------------------------------------------
 
@@ -323,44 +330,58 @@ class Session:
 
     # Waits -------------------------------------------------------------------------------------
 
-    def wait_changed(self, run: Run, wait_id: str, *, urgent: bool) -> None:
-        """A wait began, ended, or is the only thing left of its task: told with what else changes meanwhile."""
-        self._changed[run.task_id, wait_id] = run
+    def __call__(self, waits: Waits, wait: Wait, opened: bool) -> None:
+        """A wait began, ended, or is among the only things left of its task: told with what else changes meanwhile."""
+        if wait.kind not in TOLD or (wait.kind == LOCK and not (opened and wait.told)):
+            return  # of a wait for a lock the coordinator knows: what it may not know is that nothing else goes on
+        run = self._owner.live.get(waits.task_id)
+        key = (waits.task_id, _id(wait))
+        if opened and run is not None:
+            self._changed[key] = (run, wait)
+        elif key in self._waits:
+            self._changed[key] = None
+        else:
+            self._changed.pop(key, None)
+            return
+        self._tell_in(0.0 if opened and run is not None and (run.locks or wait.told) else TELL_AFTER)
+
+    def _tell_in(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        soon = loop.time() + (0.0 if urgent else TELL_AFTER)
+        due = loop.time() + seconds
         if self._telling is not None:
-            if self._telling.when() <= soon:
+            if self._telling.when() <= due:
                 return
             self._telling.cancel()
-        self._telling = loop.call_at(soon, self._tell)
+        self._telling = loop.call_at(due, self._tell)
 
     def _tell(self) -> None:
         self._telling = None
         changed, self._changed = self._changed, {}
         begun: list[list[Any]] = []
-        over: list[list[str]] = []
+        over: list[_Key] = []
         again: set[str] = set()
-        for (task_id, wait_id), run in changed.items():
-            wait = run.waits.open.get(wait_id)
-            if wait is None:
-                if self._waits.pop((task_id, wait_id), None) is not None:
-                    over.append([task_id, wait_id])
-            elif not run.waits.stuck:
+        for key, one in changed.items():
+            if one is None:
+                self._waits.pop(key, None)
+                over.append(key)
+                continue
+            run, wait = one
+            if not _stuck(run):
                 continue  # told when what else goes on is over
-            elif wait.kind == LOCK or (task_id, wait_id) in self._waits:
-                again.add(task_id)
+            if wait.kind == LOCK or key in self._waits:
+                again.add(run.task_id)
             else:
-                self._waits[task_id, wait_id] = run
-                begun.append([task_id, wait_id, wait.need, [[wait.kind, target] for target in wait.targets]])
+                self._waits[key] = one
+                begun.append([*key, wait.need or len(wait.targets), [[wait.kind, target] for target in wait.targets]])
         if begun or over or again:
             self._post("waits", {"replica": self._owner.id, "set": begun, "clear": over, "check": sorted(again)})
             self._schedule()
 
     def _tell_all(self) -> None:
         """Tell every wait again."""
-        known, self._waits = self._waits, {}
-        for (_, wait_id), run in known.items():
-            self.wait_changed(run, wait_id, urgent=True)
+        self._changed = {**self._waits, **self._changed}
+        self._waits = {}
+        self._tell_in(0.0)
 
     def _post(self, operation: str, body: Mapping[str, Any]) -> None:
         try:
@@ -379,3 +400,20 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _cycle(told: Any) -> tuple[CycleEdge, ...]:
     return tuple(CycleEdge(*map(str, edge)) for edge in told)
+
+
+def _id(wait: Wait) -> str:
+    """How the coordinator calls a wait: the request for a lock by its id."""
+    return wait.key if wait.kind == LOCK else str(wait.id)
+
+
+def _stuck(run: Run) -> bool:
+    """Whether nothing of a task goes on before others do, as far as its replica can see.
+
+    A branch in the block of a lock counts as going on where no wait is inside that block.
+    """
+    waits = run.waits.all
+    if not run.waits.idle or run.stop is not None or run.ended or any(wait.kind not in TOLD for wait in waits):
+        return False
+    waited_in = {id(lock) for wait in waits for lock in wait.around}
+    return all(id(lock) in waited_in for lock in run.locks)

@@ -46,6 +46,8 @@ class Wait:
     """Locks that are held as long as it lasts."""
     branch: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     """Who waits."""
+    told: bool = False
+    """Whether its observers were told of it before."""
     cycle: tuple[CycleEdge, ...] = ()
     """The deadlock in which it gives way; empty where it does not."""
 
@@ -169,3 +171,4 @@ class Waits:
         self.touch()
         for observer in self._observers:
             observer(self, wait, opened)
+        wait.told = True
