@@ -43,8 +43,12 @@ MAX_WAITS: Final = 10_000
 """Waits of one message."""
 MAX_TARGETS: Final = 1_000
 KINDS: Final = ("child", "order", "outside")
-PATIENT: Final = 1_000_000
-"""Times a task counts as victim that was told to give way and did not, or that is not in memory to be told."""
+USELESS: Final = 1_000
+"""Times a task counts as victim that holds no lock of the circle, where several do: it would come again."""
+TOLD: Final = 1_000_000
+"""The same for one that was told to give way a short while ago."""
+AWAY: Final = 1_000_000_000
+"""The same for one that is not in memory to be told."""
 PARKED: Final = "parked"
 """Name of the wait of a task that left memory."""
 
@@ -373,11 +377,7 @@ class Detector(Part):
         if any(now - self._chosen.get(task, -REACTION) < REACTION for task in tasks):
             self._doubt(core, 0)  # it was told, and has its time
             return
-        facts = {
-            edge.task: self._facts(edge.task, edge.agent, parked=wait == PARKED)
-            for edge, wait in zip(core.cycle, core.waits, strict=True)
-        }
-        chosen = victim(core, facts, self._policy)
+        chosen = victim(core, self._facts(core), self._policy)
         place = tasks.index(chosen)
         edge, wait = core.cycle[place], core.waits[place]
         self._chosen[chosen] = now
@@ -401,7 +401,22 @@ class Detector(Part):
             if task != chosen:
                 self._check(self.graph.check(task))
 
-    def _facts(self, task: str, agent: str, *, parked: bool) -> Facts:
+    def _facts(self, core: Core) -> dict[str, Facts]:
+        """What the choice looks at. Who cannot be told, was told, or would free nothing by giving way comes last."""
+        holders = {edge.holder for edge in core.cycle if edge.kind == "lock"}
+        facts = {}
+        for edge, wait in zip(core.cycle, core.waits, strict=True):
+            spared = 0
+            if len(holders) > 1 and edge.task not in holders:
+                spared += USELESS
+            if edge.task in self._chosen:
+                spared += TOLD
+            if wait == PARKED:
+                spared += AWAY
+            facts[edge.task] = self._fact(edge.task, edge.agent, spared)
+        return facts
+
+    def _fact(self, task: str, agent: str, spared: int) -> Facts:
         requests = self._locks.of_task(task)
         entry = self._find(agent, task)
         created = entry.created // 1_000_000 if entry is not None else min((r.created for r in requests), default=0)
@@ -409,7 +424,7 @@ class Detector(Part):
             created=created,
             work=max((r.work for r in requests), default=0),
             priority=max((r.priority for r in requests), default=0),
-            victims=PATIENT if parked or task in self._chosen else self._locks.victims(task),
+            victims=spared + self._locks.victims(task),
         )
 
     # The operator ------------------------------------------------------------------------------

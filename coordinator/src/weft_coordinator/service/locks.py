@@ -259,15 +259,15 @@ class LockPart(Part):
     # Requests ----------------------------------------------------------------------------------
 
     def _lock(self, body: Body, caller: str, answer: Answer) -> None:
-        ask = _asked(body, caller)
+        ask, once = _asked(body, caller), body.get("wait") == 0
         entry = self._find(caller, ask.task)
         if entry is not None:
-            self._request(ask, entry, answer)
+            self._request(ask, entry, answer, once=once)
             return
         self._looking[caller, ask.request] = ask
-        self._tasks.start(self._look(ask, answer), name=f"lock for {ask.task}")
+        self._tasks.start(self._look(ask, answer, once=once), name=f"lock for {ask.task}")
 
-    async def _look(self, ask: Ask, answer: Answer) -> None:
+    async def _look(self, ask: Ask, answer: Answer, *, once: bool) -> None:
         """Ask for a task that the index did not know."""
         try:
             await self._tail.sync()
@@ -277,11 +277,11 @@ class LockPart(Part):
             entry = self._find(ask.agent, ask.task)
             if entry is None:
                 raise InvalidParams(f"{ask.agent} has no task {ask.task}")
-            self._request(ask, entry, answer)
+            self._request(ask, entry, answer, once=once)
         except WeftError as error:
             answer(error)
 
-    def _request(self, ask: Ask, entry: Entry, answer: Answer) -> None:
+    def _request(self, ask: Ask, entry: Entry, answer: Answer, *, once: bool) -> None:
         if entry.ended:
             raise Fenced(f"task {ask.task} has ended: no lock is held for it")
         key, lease = (ask.agent, ask.replica), ask.lease or LEASE
@@ -299,7 +299,10 @@ class LockPart(Part):
         self.decide(lambda: self._locks.request(ask, ancestors=ancestors), answer=answer, told=told, asked=ask.request)
         self._heard(key, lease)
         for request in waiting:
-            self._detector.queued(request)
+            if once:
+                self.decide(lambda: self._locks.release(ask.agent, ask.request, claim=ask.claim))
+            else:
+                self._detector.queued(request)
 
     def _ancestors(self, entry: Entry) -> tuple[str, ...]:
         """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
