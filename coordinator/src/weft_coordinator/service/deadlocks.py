@@ -31,6 +31,8 @@ ANSWER: Final = 2.0
 """Seconds a replica has to confirm a wait."""
 REACTION: Final = 5.0
 """Seconds a task that was told to give way has, before another one is."""
+REMEMBERED: Final = 60.0
+"""Seconds in which whoever gave way is spared."""
 AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
@@ -119,6 +121,8 @@ class Detector(Part):
         self._doubts: dict[frozenset[str], _Doubt] = {}
         self._chosen: dict[str, float] = {}
         """When a task was told to give way."""
+        self._told: dict[tuple[str, str], float] = {}
+        """When a wait was told to end that its replica has to end; one for a lock the coordinator ends itself."""
         self._swept = 0.0
         self._tasks = Tasks("deadlocks", on_error=lambda _: None)
 
@@ -152,7 +156,7 @@ class Detector(Part):
 
     def _forget(self) -> None:
         self.graph.clear()
-        for known in (self._owner, self._by_replica, self._doubts, self._chosen):
+        for known in (self._owner, self._by_replica, self._doubts, self._chosen, self._told):
             known.clear()
         for question in self._questions.values():
             question.cancel()
@@ -176,8 +180,8 @@ class Detector(Part):
             self._swept = time
             for core in self.graph.sweep():
                 self._suspect(core)
-        for task in [task for task, at in self._chosen.items() if time - at > 10 * REACTION]:
-            del self._chosen[task]
+        self._chosen = {task: at for task, at in self._chosen.items() if time - at < REMEMBERED}
+        self._told = {wait: at for wait, at in self._told.items() if time - at < REACTION}
 
     # What is told ------------------------------------------------------------------------------
 
@@ -374,13 +378,15 @@ class Detector(Part):
         assert self._decide is not None  # noqa: S101 - bound when the parts are made
         now = self._clock()
         tasks = [edge.task for edge in core.cycle]
-        if any(now - self._chosen.get(task, -REACTION) < REACTION for task in tasks):
+        if any(now - self._told.get(one, -REACTION) < REACTION for one in zip(tasks, core.waits, strict=True)):
             self._doubt(core, 0)  # it was told, and has its time
             return
         chosen = victim(core, self._facts(core), self._policy)
         place = tasks.index(chosen)
         edge, wait = core.cycle[place], core.waits[place]
         self._chosen[chosen] = now
+        if edge.kind != "lock":
+            self._told[chosen, wait] = now
         explained = Deadlock(0, 0, core.cycle, chosen)
         log.warning("deadlock: %s (%s)", explained, self._policy)
         owner = self._owner.get((chosen, wait)) or self._asker(chosen, wait)
@@ -419,7 +425,8 @@ class Detector(Part):
     def _fact(self, task: str, agent: str, spared: int) -> Facts:
         requests = self._locks.of_task(task)
         entry = self._find(agent, task)
-        created = entry.created // 1_000_000 if entry is not None else min((r.created for r in requests), default=0)
+        told = min((request.created for request in requests), default=0)
+        created = entry.created if entry is not None else told * 1_000_000  # the finer, the rarer a tie
         return Facts(
             created=created,
             work=max((r.work for r in requests), default=0),
