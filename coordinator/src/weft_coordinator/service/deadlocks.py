@@ -112,6 +112,7 @@ class Detector(Part):
         self._clock = shared.clock
         self._policy = policy
         self._decide: Decide | None = None
+        self._heard: Callable[[Key], None] = lambda key: None
         self._owner: dict[tuple[str, str], Key] = {}
         """Replica of each wait that was told, by (task, wait)."""
         self._by_replica: dict[Key, set[tuple[str, str]]] = {}
@@ -126,9 +127,9 @@ class Detector(Part):
         self._swept = 0.0
         self._tasks = Tasks("deadlocks", on_error=lambda _: None)
 
-    def bind(self, decide: Decide) -> None:
-        """How locks are decided on."""
-        self._decide = decide
+    def bind(self, decide: Decide, heard: Callable[[Key], None]) -> None:
+        """How locks are decided on, and a replica's lease begins anew."""
+        self._decide, self._heard = decide, heard
 
     @property
     def lean_operations(self) -> Mapping[str, LeanHandler]:
@@ -275,6 +276,8 @@ class Detector(Part):
             self._owner[one.task, one.wait] = key
             self._by_replica.setdefault(key, set()).add((one.task, one.wait))
             tasks[one.task] = None
+        if tasks:
+            self._heard(key)
         for task in tasks:
             self._check(self.graph.check(task))
 

@@ -126,7 +126,7 @@ class LockPart(Part):
         self._looking: dict[Key, Ask] = {}
         """Requests whose task is not in the index yet, by (agent, request)."""
         self._tasks = Tasks("requests for locks", on_error=lambda _: None)
-        detector.bind(self.decide)
+        detector.bind(self.decide, lambda key: self._heard(key, LEASE))
 
     @property
     def lean_operations(self) -> Mapping[str, LeanHandler]:
