@@ -150,6 +150,15 @@ def test_a_long_queue_is_served_to_its_end_when_its_middle_gave_up(mesh: Folded)
     assert served == [request.task for request in left]
 
 
+def test_the_order_of_a_queue_outlives_a_snapshot(mesh: Folded) -> None:
+    holder = mesh.ask("t1", "a", agent="x")
+    mesh.ask("t2", "a", agent="y")
+    mesh.ask("t3", "a", agent="x")
+    mesh.locks, old = Locks(), mesh.locks
+    mesh.locks.load(msgpack.unpackb(msgpack.packb(old.dump())))
+    assert mesh.release(holder) == ["t2"]
+
+
 # Whose it is ---------------------------------------------------------------------------------------
 
 
@@ -190,6 +199,8 @@ def test_what_an_older_claim_left_behind_gives_way_to_the_new_attempt(mesh: Fold
     changed = mesh.ask("t1", "b", request="new", claim=3)
     assert changed.held
     assert list(mesh.locks.names()) == ["b"]
+    mesh.ask("t2", "c", mode="shared")
+    assert mesh.ask("t2", "c", claim=2, reentrant=True).held
 
 
 def test_a_lease_that_ended_frees_what_was_held_and_drops_what_was_waited_for(mesh: Folded) -> None:
@@ -412,6 +423,16 @@ class Model:
             granted.add(key)
 
 
+ASKED = st.tuples(
+    st.sampled_from(TASKS),
+    st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True),
+    st.sampled_from(("exclusive", "exclusive", "shared")),
+    st.booleans(),
+    st.sampled_from(("r1", "r2")),
+)
+"""Task, names, mode, re-entrant, replica."""
+
+
 class LockMachine(RuleBasedStateMachine):
     """Random decisions; the model makes the same."""
 
@@ -459,14 +480,16 @@ class LockMachine(RuleBasedStateMachine):
         gone = {(c[0], c[1]) for c in changes(events) if c[2] in ("freed", "lost")}
         assert gone == freed
 
-    @rule(
-        task=st.sampled_from(TASKS),
-        names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True),
-        mode=st.sampled_from(("exclusive", "exclusive", "shared")),
-        reentrant=st.booleans(),
-        replica=st.sampled_from(("r1", "r2")),
-    )
-    def ask(self, task: str, names: list[str], mode: str, reentrant: bool, replica: str) -> None:
+    @rule(asked=ASKED)
+    def ask(self, asked: tuple[str, list[str], str, bool, str]) -> None:
+        self._ask(*asked)
+
+    @rule(asked=ASKED)
+    def ask_more(self, asked: tuple[str, list[str], str, bool, str]) -> None:
+        """A second rule, so that asking comes more often."""
+        self._ask(*asked)
+
+    def _ask(self, task: str, names: list[str], mode: str, reentrant: bool, replica: str) -> None:
         self.asked += 1
         ask = Ask(AGENT[task], replica, task, f"q{self.asked}", self.claims[task], tuple(names), mode, reentrant)
         chain = (task, *ancestors(task)) if reentrant else ()
@@ -525,26 +548,32 @@ class LockMachine(RuleBasedStateMachine):
             events = self.decide(lambda: locks.request(entry.ask, ancestors=ancestors(entry.ask.task)))
             assert [event[0] for event in events] == (["lock.moved"] if how == "takeover" else [])
 
-    @rule(agent=st.sampled_from(("x", "y")), replica=st.sampled_from(("r1", "r2", "r3")))
-    def expire(self, agent: str, replica: str) -> None:
-        freed = {key for key, e in self.model.entries.items() if (e.ask.agent, e.ask.replica) == (agent, replica)}
-        self.after(self.decide(lambda: self.mesh.locks.expire((agent, replica))), freed=freed, direct=set())
-
-    @rule(task=st.sampled_from(TASKS))
-    def end(self, task: str) -> None:
-        freed = {key for key, e in self.model.entries.items() if e.ask.task == task}
-        self.after(self.decide(lambda: self.mesh.locks.ended(task)), freed=freed, direct=set())
-
-    @rule(name=st.sampled_from(NAMES))
-    def force(self, name: str) -> None:
-        freed = {key for key, e in self.model.entries.items() if e.held and name in e.ask.names}
-        if freed:
-            self.after(self.decide(lambda: self.mesh.locks.force(name, reason="test")), freed=freed, direct=set())
+    @rule(
+        who=st.sampled_from(
+            [("expire", "x", "r1"), ("expire", "y", "r2"), ("expire", "x", "r3")]
+            + [("end", task, "") for task in TASKS]
+            + [("force", name, "") for name in NAMES]
+        )
+    )
+    def lose(self, who: tuple[str, str, str]) -> None:
+        how, what, replica = who
+        entries, locks = self.model.entries.items(), self.mesh.locks
+        if how == "expire":
+            freed = {key for key, e in entries if (e.ask.agent, e.ask.replica) == (what, replica)}
+            self.after(self.decide(lambda: locks.expire((what, replica))), freed=freed, direct=set())
+        elif how == "end":
+            freed = {key for key, e in entries if e.ask.task == what}
+            self.after(self.decide(lambda: locks.ended(what)), freed=freed, direct=set())
+        else:
+            freed = {key for key, e in entries if e.held and what in e.ask.names}
+            if freed:
+                self.after(self.decide(lambda: locks.force(what, reason="test")), freed=freed, direct=set())
 
     @rule()
     def takeover_of_the_leader(self) -> None:
-        self.twin = Locks()
-        self.twin.load(msgpack.unpackb(msgpack.packb(self.mesh.locks.dump())))
+        self.twin, old = Locks(), self.mesh.locks
+        self.twin.load(msgpack.unpackb(msgpack.packb(old.dump())))
+        self.mesh.locks, self.twin = self.twin, old
 
     @invariant()
     def holders_are_alone_or_share(self) -> None:
