@@ -21,10 +21,11 @@ stuck if **every** one of its waits is: as long as one branch can go on, the tas
 - Nothing is invented: no wait of a stuck task has `need` targets outside the stuck ones. Whichever of them were to go
   on first would do so before what it needs; so none does, unless from outside (a victim, a time limit, a cancellation).
 - Nothing is missed: tasks that are free can end one after the other, in the order in which they came into the set.
-- Adding a wait makes nobody else stuck unless it makes its own task stuck: if the task is still free, every derivation
-  that used it holds. Somebody who became stuck by it leads to the task, and the task leads to him; so there is a circle
-  through it. A check walks forward from one task and is over if nothing leads back. Only if something does, and a wait
-  on the way would be content with less than all, it reduces what it walked over.
+- Adding a wait makes nobody stuck unless it makes its own task stuck: if that is still free, every derivation that used
+  it holds. If it is stuck, then by tasks that were so before (that deadlock was told when it came about), or by one
+  that became so just now and therefore leads back to it: there is a circle through it. So a check walks forward from
+  one task and is over if nothing leads back. Only if something does, and a wait on the way would be content with less
+  than all, it reduces what it walked over.
 
 What that asks of the caller:
 
@@ -188,7 +189,8 @@ class WaitGraph:
             node: Node = task
             while node not in rounds:
                 rounds[node] = n
-                node = ahead[node] = next(target for target in self._targets(node) if target in stuck)
+                ahead[node] = next(target for target in self._targets(node) if target in stuck)
+                node = ahead[node]
             if rounds[node] != n:
                 continue
             while not isinstance(node, str):  # queues alone make no circle: there is a task on it

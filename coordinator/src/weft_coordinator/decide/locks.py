@@ -189,8 +189,6 @@ class Locks:
             (ask.agent, ask.replica, ask.task, ask.request, ask.claim, ask.names, ask.mode == "exclusive", chain,
              ask.lease, ask.priority, ask.work, ask.created)
         )  # fmt: skip
-        if not stale and not self._reentrants(new.names):
-            return [((TAKEN if self._clear(new) else ASKED), *new.fields())]
         return self._free([(r, (FREED, r.agent, r.request, "superseded")) for r in stale], new=new)
 
     def release(self, agent: str, request: str, *, claim: int) -> list[Event]:
@@ -330,7 +328,7 @@ class Locks:
                 taken[done:] = sorted(taken[done:], key=_number)
             events += [(GRANTED, r.agent, r.request) for r in taken]
             if new is not None:
-                events += self._admit(new)
+                events.append((TAKEN if self._clear(new) else ASKED, *new.fields()))
             return events
         finally:
             for r in reversed(taken):
@@ -340,29 +338,6 @@ class Locks:
                 if state == HELD:
                     self._hold(r)
                 r.state = state
-
-    def _admit(self, new: Request) -> list[Event]:
-        """Decide on a new request, and on those that wait to re-enter what it is granted."""
-        if not self._clear(new):
-            return [(ASKED, *new.fields())]
-        fresh = [name for name in new.names if name not in self._names]
-        taken: list[Request] = []
-        touched: list[str] = []
-        for name in fresh:
-            self._names[name] = _Name()
-        try:
-            self._take(new, taken, touched)
-            for name in touched:
-                if self._names[name].waiting:
-                    self._promote(self._names[name], taken, touched)
-            later = sorted(taken[1:], key=_number)
-            return [(TAKEN, *new.fields()), *((GRANTED, r.agent, r.request) for r in later)]
-        finally:
-            for r in reversed(taken):
-                self._leave(r)
-                r.state = WAITING
-            for name in fresh:
-                del self._names[name]
 
     def _promote(self, lock: _Name, taken: list[Request], touched: list[str]) -> None:
         """Grant what is first in the queue of a lock, as far as it can be granted everywhere."""
@@ -402,9 +377,6 @@ class Locks:
                     if r is not None and r.number < request.number:
                         return False
         return True
-
-    def _reentrants(self, names: tuple[str, ...]) -> bool:
-        return any(name in self._names and self._names[name].chained for name in names)
 
     def _take(self, request: Request, taken: list[Request], touched: list[str]) -> None:
         self._hold(request)
