@@ -81,12 +81,15 @@ class WaitGraph:
         self._locks = locks
         self._cap = cap
         self._waits: dict[str, tuple[_Wait, ...]] = {}
+        self._awaited: dict[str, int] = {}
+        """How many waits have a task among their targets."""
         self.unchecked: set[str] = set()
         """Tasks whose check reached the cap; `sweep` empties it."""
 
     def clear(self) -> None:
         """Forget everything."""
         self._waits.clear()
+        self._awaited.clear()
         self.unchecked.clear()
 
     def __len__(self) -> int:
@@ -100,7 +103,7 @@ class WaitGraph:
         if not request.waits:
             return None
         self._set(request.task, _Wait(request.request, request.agent, 1, (request,), (LOCK,)))
-        return self.check(request.task)
+        return self.check(request.task) if self._wanted(request.task) else None
 
     def add(self, task: str, wait: str, *, agent: str, need: int, targets: Sequence[tuple[str, str]]) -> Core | None:
         """`put`, then `check`."""
@@ -117,20 +120,41 @@ class WaitGraph:
         self._set(task, _Wait(wait, agent, max(0, min(need, len(kinds))), tuple(kinds), tuple(kinds.values())))
 
     def _set(self, task: str, wait: _Wait) -> None:
-        known = self._waits.get(task)
-        self._waits[task] = (wait,) if known is None else (*(w for w in known if w.wait != wait.wait), wait)
+        self.remove(task, wait.wait)
+        self._waits[task] = (*self._waits.get(task, ()), wait)
+        for node in wait.nodes:
+            if isinstance(node, str):
+                self._awaited[node] = self._awaited.get(node, 0) + 1
 
     def remove(self, task: str, wait: str) -> None:
         """A wait is over; nothing if it is not known."""
-        left = tuple(w for w in self._waits.get(task, ()) if w.wait != wait)
+        known = self._waits.get(task, ())
+        left = tuple(w for w in known if w.wait != wait)
+        if len(left) == len(known):
+            return
+        self._forget(w for w in known if w.wait == wait)
         if left:
             self._waits[task] = left
         else:
-            self._waits.pop(task, None)
+            del self._waits[task]
 
     def ended(self, task: str) -> None:
         """A task ended: it waits for nothing and blocks nobody."""
-        self._waits.pop(task, None)
+        self._forget(self._waits.pop(task, ()))
+
+    def _forget(self, waits: Iterable[_Wait]) -> None:
+        for wait in waits:
+            for node in wait.nodes:
+                if isinstance(node, str):
+                    left = self._awaited[node] - 1
+                    if left:
+                        self._awaited[node] = left
+                    else:
+                        del self._awaited[node]
+
+    def _wanted(self, task: str) -> bool:
+        """Whether anybody waits for a task: without that nothing leads back to it, however long the queue it joined."""
+        return task in self._awaited or any(map(self._locks.blocks, self._locks.of_task(task)))
 
     # Looking up --------------------------------------------------------------------------------
 

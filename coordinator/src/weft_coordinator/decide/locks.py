@@ -137,10 +137,24 @@ class Locks:
 
     def ahead(self, request: Request) -> int:
         """How many requests wait before this one, where most do."""
-        return max(
-            (sum(r.number < request.number for r in self.view(name)[1]) for name in request.names),
-            default=0,
-        )
+        before = 0
+        for name in request.names:
+            lock = self._names.get(name)
+            queues = (lock.exclusive, lock.shared) if lock is not None else ()
+            count = sum(r.number < request.number and r.state == WAITING for queue in queues for r in queue or ())
+            before = max(before, count)
+        return before
+
+    def blocks(self, request: Request) -> bool:
+        """Whether anybody may have to wait for a request; certainly nobody if not."""
+        for name in request.names:
+            lock = self._names[name]
+            if request.state == HELD:
+                if lock.waiting:
+                    return True
+            elif any(queue[-1].number > request.number for queue in (lock.exclusive, lock.shared) if queue):
+                return True
+        return False
 
     def victims(self, task: str) -> int:
         """How often a task gave way in a deadlock."""

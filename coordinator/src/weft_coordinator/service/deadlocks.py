@@ -194,6 +194,8 @@ class Detector(Part):
     def settled(self, request: Request) -> None:
         """A request does not wait any more."""
         self.graph.remove(request.task, request.request)
+        if self.graph.waits(request.task):  # what another branch waits for may be all that is left
+            self._check(self.graph.check(request.task))
 
     def ended(self, task: str) -> None:
         """A task ended."""
