@@ -140,9 +140,10 @@ class Locks:
         before = 0
         for name in request.names:
             lock = self._names.get(name)
-            queues = (lock.exclusive, lock.shared) if lock is not None else ()
-            count = sum(r.number < request.number and r.state == WAITING for queue in queues for r in queue or ())
-            before = max(before, count)
+            if lock is not None and request.state == WAITING and not _later(lock, request):
+                before = max(before, lock.waiting - 1)
+            elif lock is not None:
+                before = max(before, sum(r.number < request.number for r in _queue(lock)))
         return before
 
     def blocks(self, request: Request) -> bool:
@@ -152,7 +153,7 @@ class Locks:
             if request.state == HELD:
                 if lock.waiting:
                     return True
-            elif any(queue[-1].number > request.number for queue in (lock.exclusive, lock.shared) if queue):
+            elif _later(lock, request):
                 return True
         return False
 
@@ -599,6 +600,11 @@ def _queue(lock: _Name) -> list[Request]:
     waiting = [r for queue in (lock.exclusive, lock.shared) for r in queue or () if r.state == WAITING]
     waiting.sort(key=_number)
     return waiting
+
+
+def _later(lock: _Name, request: Request) -> bool:
+    """Whether somebody may wait who came later."""
+    return any(queue[-1].number > request.number for queue in (lock.exclusive, lock.shared) if queue)
 
 
 def _nearest(lock: _Name, request: Request) -> Iterator[Request]:
