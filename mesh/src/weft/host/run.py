@@ -199,6 +199,10 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often it made each call, by the call's digest."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a question waits for its answer: one at a time."""
     deliveries: list[str] = field(default_factory=list)
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
