@@ -50,7 +50,7 @@ def test_a_chain_is_a_loop_by_its_length_its_agents_or_its_calls(chain: Chain, k
     if not kind:
         chain.check("me", max_hops=3, reentrant=False)
         return
-    with pytest.raises(weft.DelegationLoop, match="me$") as caught:
+    with pytest.raises(weft.DelegationLoop, match=r"me$") as caught:
         chain.check("me", max_hops=3, reentrant=False)
     assert (caught.value.kind, caught.value.chain) == (kind, chain.told)
     if kind == "re-entry":

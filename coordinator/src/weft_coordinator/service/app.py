@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import socket
 import time
 import uuid
@@ -25,6 +26,7 @@ from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.routes import Routes
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
@@ -86,7 +88,10 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
+        self._parts: tuple[Part, ...] = (
+            self._operations,
+            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
+        )
         self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
