@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from a2a.types import a2a_pb2 as pb
 
+from weft.host import gathering
 from weft.host.child import Delegation, Order
 from weft.host.run import Run
-from weft_protocols import budgets
+from weft_protocols import budgets, records
 from weft_protocols.errors import UsageError
 from weft_protocols.parts import Part, TaskView
 
@@ -91,21 +90,34 @@ class Delegating:
             context_id=context_id or self._run.work.context_id,
             metadata=metadata,
         )
-        return Delegation(self._run, order, ask=self._question).result()
+        work = Delegation(self._run, order, ask=self._question).result()
+        self._run.name(work, order.key)
+        return work
 
-    async def gather(self, *work: Awaitable[Any]) -> list[Any]:
-        """Wait for several steps or delegations together; their results in order. The first error cancels the rest."""
+    def gather(self, *work: Awaitable[Any], wait: gathering.Wait = "all") -> Coroutine[Any, Any, list[Any]]:
+        """Wait for several steps or delegations together, as many as `wait` says; their results, in their order.
+
+        With `all`, every one has to succeed, and the first error cancels the rest. With `first`, or a number, that
+        many have to succeed: the rest is cancelled, with the children it has. Which ones counted is recorded.
+
+        Raises:
+            UsageError: `wait` is not possible.
+            the first error that happened, once too many failed; all of them are in its `__cause__`.
+        """
+        run = self._run
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_awaited(item)) for item in work]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
-        finally:
-            for item in work:
-                if inspect.iscoroutine(item):
-                    item.close()  # one that was cancelled before it began would complain
-        return [task.result() for task in tasks]
+            need = gathering.needed(wait, len(work))
+        except UsageError:
+            gathering.close(run, work)
+            raise
+        if need == len(work):
+            made = gathering.together(run, work)
+        else:
+            made = gathering.enough(run, run.journal.own_key(records.GATHER_KEY), work, need=need)
+        run.name(made, work)
+        return made
 
-
-async def _awaited(item: Awaitable[Any]) -> Any:
-    return await item
+    async def first(self, *work: Awaitable[Any]) -> Any:
+        """The result of the first of several steps or delegations that succeeds; see `gather`."""
+        (result,) = await self.gather(*work, wait="first")
+        return result
