@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import socket
 import time
 import uuid
@@ -32,6 +33,7 @@ from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.routes import Routes
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.decided import DecidedLog
@@ -104,6 +106,7 @@ class Coordinator:
         )  # fmt: skip
         self._parts: tuple[Part, ...] = (
             self._operations,
+            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
             waking,
             DuePart(broker, {TIMER: waking.due}),
             *self._lock_parts(locks, deadlocks, parked),
