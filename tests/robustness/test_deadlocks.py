@@ -200,7 +200,7 @@ async def test_whoever_waits_with_another_branch_that_goes_on_is_left_alone(fres
 
 
 async def test_a_wait_that_gives_up_by_itself_holds_nothing(fresh_mesh: BrokerMesh) -> None:
-    agent = weft.Agent("patient")
+    agent = weft.Agent("patient", reentrant=True)
 
     @agent.skill()
     async def hold(task: weft.Task) -> str:

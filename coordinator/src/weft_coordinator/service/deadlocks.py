@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
 from weft.core.supervise import Tasks
@@ -23,7 +23,7 @@ from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.locks import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
 from weft_protocols import subjects
-from weft_protocols.errors import InvalidParams, PermissionDenied, WeftError
+from weft_protocols.errors import CycleEdge, InvalidParams, PermissionDenied, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -44,6 +44,9 @@ SWEPT: Final = 20_000
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
 MAX_TARGETS: Final = 1_000
+SHOWN: Final = 500
+"""Edges the operator is shown unless it asks for more."""
+MAX_SHOWN: Final = 3_000
 KINDS: Final = ("child", "order", "outside")
 USELESS: Final = 1_000
 """Times a task counts as victim that holds no lock of the circle, where several do: it would come again."""
@@ -333,16 +336,13 @@ class Detector(Part):
                 elif wait != PARKED:
                     return False
         answers = [self._ask(task, wait, key) for (task, wait), key in asked.items()]
-        sync = self._tasks.start(self._tail.sync())
         try:
-            await asyncio.wait([*answers, sync], timeout=ANSWER)
-            for task in cycle:
-                entry = self._find(cycle[task], task)
-                if entry is not None and entry.ended:
-                    self.graph.ended(task)
+            if answers:
+                await asyncio.wait(answers, timeout=ANSWER)
+            if PARKED in core.waits:  # nobody can be asked: it is woken once its children's ends are read
+                await self._tail.sync()
             return all(one.done() and not one.cancelled() and one.result() for one in answers)
         finally:
-            sync.cancel()
             for one in answers:
                 one.cancel()
 
@@ -445,26 +445,26 @@ class Detector(Part):
         """Who waits for whom, and the last deadlocks."""
         if caller != subjects.OPERATOR:
             raise PermissionDenied(f"graph is for the operator of the mesh; connect with identity {subjects.OPERATOR}")
+        fields = Fields(body)
+        limit = min(fields.number("limit", default=SHOWN), MAX_SHOWN)
+        fields.check("graph")
         nodes: dict[str, str] = {}
-        edges = []
-        for wait, edge in self.graph.edges():
+        edges: list[dict[str, str]] = []
+        # Those that wait for locks first: circles go through them.
+        tasks = dict.fromkeys(request.task for request in self._locks.waiting())
+        for wait, edge in itertools.islice(itertools.chain(self.graph.edges(tasks), self._others(tasks)), limit):
             nodes[edge.task] = edge.agent
             nodes.setdefault(edge.holder or edge.target, "")
-            edges.append(
-                {
-                    "task": edge.task,
-                    "agent": edge.agent,
-                    "wait": wait,
-                    "kind": edge.kind,
-                    "target": edge.target,
-                    "holder": edge.holder,
-                }
-            )
+            edges.append({"wait": wait, **asdict(edge)})
         return {
             "nodes": [{"task": task, "agent": agent} for task, agent in nodes.items()],
             "edges": edges,
+            "waiting": len(self.graph),
             "deadlocks": {"count": self._found.count, "last": [one.shown() for one in self._found.last]},
         }
+
+    def _others(self, tasks: Mapping[str, None]) -> Iterator[tuple[str, CycleEdge]]:
+        return (one for one in self.graph.edges() if one[1].task not in tasks)
 
 
 def _list(body: Body, name: str, limit: int) -> list[Any]:

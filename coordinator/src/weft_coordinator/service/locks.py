@@ -39,6 +39,10 @@ RESYNC_AFTER: Final = 0.1
 """Seconds after the begin of a reign at which replicas are asked to tell what they hold."""
 MAX_LISTED: Final = 10_000
 """Requests a session may name."""
+MAX_SHOWN: Final = 3_000
+"""Locks, holders and waiters in one answer, together."""
+MAX_WAITERS: Final = 100
+"""Waiters of one lock in an answer, the first ones."""
 Key = tuple[str, str]
 """(agent, replica)."""
 
@@ -417,7 +421,18 @@ class LockPart(Part):
     async def _show(self, body: Body, caller: str) -> dict[str, Any]:
         """Every lock that is held or waited for, by name."""
         _operator_only(caller, "locks")
-        return {"locks": [self._shown(name) for name in sorted(self._locks.names())]}
+        fields = Fields(body)
+        limit = fields.number("limit", default=MAX_SHOWN)
+        fields.check("locks")
+        names = sorted(self._locks.names())
+        shown: list[dict[str, Any]] = []
+        left = min(limit, MAX_SHOWN)
+        for name in names:
+            shown.append(self._shown(name))
+            left -= 1 + len(shown[-1]["holders"]) + len(shown[-1]["waiters"])
+            if left <= 0:
+                break
+        return {"locks": shown, "total": len(names)}
 
     def _shown(self, name: str) -> dict[str, Any]:
         holders, waiters = self._locks.view(name)
@@ -425,7 +440,8 @@ class LockPart(Part):
             "name": name,
             "mode": (holders or waiters)[0].mode,
             "holders": [{**_one(r), "token": r.token, "since": r.since} for r in holders],
-            "waiters": [{**_one(r), "mode": r.mode, "since": r.asked} for r in waiters],
+            "waiters": [{**_one(r), "mode": r.mode, "since": r.asked} for r in waiters[:MAX_WAITERS]],
+            "waiting": len(waiters),
         }
 
     async def _release(self, body: Body, caller: str) -> dict[str, Any]:
