@@ -28,6 +28,7 @@ from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
@@ -100,6 +101,7 @@ class Coordinator:
         self._parts: tuple[Part, ...] = (
             self._operations,
             waking,
+            Turning(broker, index=self._index, tail=self._tail, clock=_now),
             DuePart(broker, {TIMER: waking.due}),
         )
         self._leading: list[Subscription] = []

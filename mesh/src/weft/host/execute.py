@@ -89,6 +89,9 @@ async def _refused(run: Run) -> bool:
     except A2AError as error:
         await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
         return True
+    if run.barred:
+        await run.finish(State.REJECTED, a2a.parts_of(run.barred))
+        return True
     if work.deadline is not None and work.deadline < time.time():
         late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
         await run.cancel_children(late)

@@ -206,6 +206,8 @@ class Run:
     """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
     """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
+    barred: str = ""
+    """Why it must not begin."""
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
