@@ -3,19 +3,14 @@
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 import weft
-from weft.testing import invariants
-from weft.testing.agents import Process, ReplicaProcesses, eventually, running
+from weft.testing.agents import running
 from weft.testing.broker import BrokerMesh
-from weft.testing.scratch import Scratch
-from weft.testing.stored import StoredTask
-from weft.testing.watching import heard, settled
-from weft_protocols.errors import InvalidConfig, TaskEnded
-from weft_protocols.states import END_LABELS
+from weft.testing.watching import settled
 
 Unique = Callable[[str], str]
 SOON = 0.05

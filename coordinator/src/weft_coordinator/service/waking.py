@@ -106,7 +106,11 @@ class Waking(Part):
         for parked in self._ledger.named(task):
             # The broker's clock may be ahead of this one's.
             if parked.until and parked.until <= now + 1000 and parked.id not in self._waking:
-                await self._wake(parked, "its time has come")
+                self._waking.add(parked.id)
+                try:
+                    await self._wake(parked, "its time has come")
+                finally:
+                    self._waking.discard(parked.id)
 
     # Noticing ----------------------------------------------------------------------------------
 

@@ -356,6 +356,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
             work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
         )
         await run.journal.write(records.MESSAGE_KEY, message.encode())
+    await run.remember_said()
     run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)

@@ -305,14 +305,15 @@ class Inputs:
             )
             token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
             run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
-            if given is not None and meant is _Meant.ANSWER:
-                run.resumed = given
-            elif given is not None:
-                run.inbox.append(given)
-                run.history.append(given.proto)
             try:
                 if replica.agent.turns is None:
                     await self._recall(run)
+                    await run.recall_said()
+                if given is not None and meant is _Meant.ANSWER:
+                    run.resumed = given
+                elif given is not None and not run.knows(given.proto.message_id):
+                    run.inbox.append(given)
+                    run.history.append(given.proto)
                 how = "goes on with an answer" if run.resumed is not None else "goes on"
                 said = f"{how}, on replica {replica.id}" if claim.state == SUSPENDED else ""
                 if await replica.begin_again(run, said=said) is None:

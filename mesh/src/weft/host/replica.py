@@ -44,7 +44,7 @@ from weft_protocols.states import State
 log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
-"""Follow-ups and cancels a replica takes at a time; they need no slot."""
+"""Follow-ups, cancels and wakes a replica asks for at a time; they need no slot."""
 LAST_WORDS: Final = 5.0
 """Seconds for handing back, and for handlers to end once they are stopped."""
 CLOSING: Final = 1.0
@@ -98,7 +98,7 @@ class Replica:
         await self.broker.subscribe(subjects.ctl(self.agent.name, self.id), self.inputs.on_control)
         name = self.agent.name
         self._input = await PullLoop(
-            self.broker, stream=STREAM, consumer=subjects.consumer(name, "input"), handler=self._on_input
+            self.broker, stream=STREAM, consumer=subjects.consumer(name, "input"), handler=self._on_input, steady=True
         ).start()
         self._work = await PullLoop(
             self.broker, stream=STREAM, consumer=subjects.consumer(name, "work"), handler=self._on_work
