@@ -20,6 +20,7 @@ from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.decide.parked import ParkedTasks
+from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.due import DuePart
@@ -27,6 +28,7 @@ from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
@@ -90,19 +92,21 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        parked = ParkedTasks()
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked)))
+        parked, schedules = ParkedTasks(), Schedules()
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked, schedules)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
         waking = Waking(
             broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
         )  # fmt: skip
+        scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
             self._operations,
             waking,
             Turning(broker, index=self._index, tail=self._tail, clock=_now),
-            DuePart(broker, {TIMER: waking.due}),
+            scheduling,
+            DuePart(broker, {TIMER: waking.due, CRON: scheduling.due}),
         )
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
