@@ -19,6 +19,7 @@ from weft.core.broker import Broker
 from weft.core.pull import Delivery
 from weft.core.scheduleconf import ScheduleConfig
 from weft_coordinator.decide.schedules import UNSCHEDULED, Scheduled, Schedules
+from weft_coordinator.service.due import KEPT, SCHEDULE, TARGET, ZONE
 from weft_coordinator.service.operations import operator_only
 from weft_coordinator.service.part import Body, Handler, Part
 from weft_coordinator.shell.leader import Leader
@@ -93,10 +94,10 @@ class Scheduling(Part):
         if stored is not None and stored.data == body:
             return
         values = {
-            h.SCHEDULE: str(told["cron"]),
-            h.SCHEDULE_TARGET: f"{DUE}.{CRON}{name}",
-            h.SCHEDULE_TTL: KEEP,
-            **({h.SCHEDULE_ZONE: str(told["timezone"])} if told.get("timezone") else {}),
+            SCHEDULE: str(told["cron"]),
+            TARGET: f"{DUE}.{CRON}{name}",
+            KEPT: KEEP,
+            **({ZONE: str(told["timezone"])} if told.get("timezone") else {}),
         }
         try:
             await self._broker.publish(subject, body, headers=h.block(h.fields(values)))

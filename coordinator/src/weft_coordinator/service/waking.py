@@ -18,6 +18,7 @@ from weft.core.supervise import Tasks
 from weft_coordinator.decide import parked as rules
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.parked import Parked, ParkedTasks
+from weft_coordinator.service.due import KEPT, SCHEDULE, TARGET
 from weft_coordinator.service.part import Body, Handler, Part
 from weft_coordinator.shell.hints import Hints
 from weft_coordinator.shell.leader import Leader
@@ -94,9 +95,9 @@ class Waking(Part):
     async def _schedule(self, parked: Parked) -> None:
         at = datetime.fromtimestamp(parked.until / 1000, UTC).isoformat(timespec="milliseconds")
         values = {
-            h.SCHEDULE: f"@at {at.replace('+00:00', 'Z')}",
-            h.SCHEDULE_TARGET: f"{DUE}.{TIMER}{parked.task}",
-            h.SCHEDULE_TTL: KEEP,
+            SCHEDULE: f"@at {at.replace('+00:00', 'Z')}",
+            TARGET: f"{DUE}.{TIMER}{parked.task}",
+            KEPT: KEEP,
         }
         await self._broker.publish(f"{SCHEDULES}.{TIMER}{parked.task}", b"", headers=h.block(h.fields(values)))
 
