@@ -294,8 +294,11 @@ class Replica:
             except Conflict:
                 log.debug("task %s was claimed before its first delivery here", task_id)
                 if waited:
-                    # Another replica was faster, with a later delivery: if not, this one comes again.
-                    self.settle(delivery.ack, b"")
+                    # It was cancelled while it waited; or another replica was faster, with a later delivery.
+                    event = await takeover.last_event(
+                        self.broker, agent, task_id, caller=work.caller, origin=work.origin
+                    )
+                    self.settle(delivery.ack, b"+ACK" if takeover.ended(event) else b"")
                     return None
         live = self.live.get(task_id)
         if live is not None:
