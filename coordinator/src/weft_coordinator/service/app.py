@@ -92,13 +92,13 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        parked, schedules = ParkedTasks(), Schedules()
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked, schedules)))
+        self._parked, schedules = ParkedTasks(), Schedules()
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), self._parked, schedules)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
         waking = Waking(
-            broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
+            broker, index=self._index, tail=self._tail, ledger=self._parked, leader=self.leader, clock=_now
         )  # fmt: skip
         scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
@@ -290,6 +290,7 @@ class Coordinator:
             "leader": self.leader.term.leader,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "parked": len(self._parked),
         }
 
     # Serving -----------------------------------------------------------------------------------
