@@ -23,9 +23,13 @@ from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.shell.files import StateFile
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.sources import Sources
+from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
@@ -42,6 +46,8 @@ OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
 EVERYWHERE: Final = ("heartbeat",)
 """Operations every replica hears."""
+REGISTRY_EVERY: Final = 1.0
+"""Seconds between looks at the registry when nobody asks."""
 
 
 class Coordinator:
@@ -58,11 +64,15 @@ class Coordinator:
         self._broker = broker
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
-        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._file = StateFile.take(self.settings.state or self.local.state)
+        self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._tail = Tail(
+            broker, self._reader, self._projection, dead_letter=self._on_dead_letter, idle=self.settings.poll
+        )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self._projection.store))
+        self._reads = Reads(broker, self._projection, self._tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
@@ -94,6 +104,7 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
+        await self._projection.open()
         await self._tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -130,14 +141,17 @@ class Coordinator:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
         await self._reader.close()
+        await self._projection.store.close()
+        self._file.release()
 
     # Following ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        """Read on again and again, and after every reconnect; what fails is tried again."""
+        registry = 0.0
         while True:
             try:
-                async with asyncio.timeout(self.settings.poll):
+                async with asyncio.timeout(self._tail.pause):
                     await self._again.wait()
             except TimeoutError:
                 pass
@@ -149,7 +163,9 @@ class Coordinator:
                     await self._settle()
                     self._doubtful = False
                 await self._tail.sync()
-                await self._store.sync()
+                if (now := time.monotonic()) - registry >= REGISTRY_EVERY:
+                    registry = now
+                    await self._store.sync()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
 

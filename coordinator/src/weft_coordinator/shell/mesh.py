@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config
@@ -32,6 +33,11 @@ class LocalMesh:
     def agents(self) -> tuple[str, ...]:
         """Agents that may connect; none where the broker is elsewhere."""
         return tuple(Accounts.read(self.home).agents) if self.home is not None else ()
+
+    @property
+    def state(self) -> Path | None:
+        """Where coordinators keep their files; None where the broker is elsewhere."""
+        return self.home.root / "coordinator" if self.home is not None else None
 
     def durability(self) -> str:
         """Name of the durability profile: `WEFT_DURABILITY`, else the running broker's."""
