@@ -22,6 +22,8 @@ class Settings:
     temporary one, so that every start reads the whole stream. `WEFT_COORDINATOR_STATE`."""
     poll: float = 0.25
     """Seconds between looks at the stream when nothing happens; while there is traffic it is looked at more often."""
+    beat: float = 1.0
+    """Seconds between looks at everything else, and between the parts' ticks."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048
