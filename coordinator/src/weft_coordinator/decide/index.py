@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from a2a.types import a2a_pb2 as pb
@@ -412,8 +413,14 @@ def _told_at(entry: Entry, event: RawEvent, time: str) -> int:
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+@lru_cache(maxsize=64)
+def _minutes(time: str) -> int:
+    """Unix nanoseconds of the minute a time is in."""
+    since = datetime.fromisoformat(time + ":00+00:00") - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000
+
+
 def nanoseconds(time: str) -> int:
     """Unix nanoseconds of an RFC 3339 time in UTC; ValueError if it is none."""
-    whole, _, fraction = time.rstrip("Z").partition(".")
-    seconds = datetime.fromisoformat(whole + "+00:00") - _EPOCH
-    return (seconds.days * 86_400 + seconds.seconds) * 1_000_000_000 + int(fraction.ljust(9, "0")[:9] or 0)
+    second, _, fraction = time[17:].rstrip("Z").partition(".")
+    return _minutes(time[:16]) + int(second) * 1_000_000_000 + int(fraction.ljust(9, "0")[:9] or 0)

@@ -46,13 +46,13 @@ class TaskReader:
         """The task folded from what is stored now; without `history` the caller's messages are not read."""
         source, subject = self._sources.of(entry), _subject(entry)
         creation, followed = await _messages(source, entry) if history else (None, [])
-        detail = entry.detail
-        snapshot: Snapshot | None = None
-        start = 1
-        if detail.snapshot:
-            snapshot = await _snapshot(source, entry, detail.snapshot)
-            start = detail.snapshot if snapshot is not None else 1
-        events = await _events(source, subject, start=start)
+        at = entry.detail.snapshot
+        snapshot = await _snapshot(source, entry, at) if at else None
+        events = await _events(source, subject, start=at if snapshot is not None else 1)
+        # What is stored may be ahead of the index, which then knows an older snapshot or none.
+        newer = max((event.seq for event in events if _names_snapshot(event)), default=0)
+        if newer > at and (found := await _snapshot(source, entry, newer)) is not None:
+            snapshot, events = found, [event for event in events if event.seq >= newer]
         folded = tasks.assemble(entry, events, creation=creation, followed=followed, snapshot=snapshot)
         if folded is None:
             events = await _events(source, subject)
@@ -148,6 +148,11 @@ async def _snapshot(source: Source, entry: Entry, seq: int) -> Snapshot | None:
     except DecodeError as error:
         log.warning("snapshot %s of task %s cannot be read: %s", key.decode(), entry.task, error)
         return None
+
+
+def _names_snapshot(event: RawEvent) -> bool:
+    found = h.get(event.headers, b"Weft-Snapshot"), h.get(event.headers, b"Weft-In-Reply-To")
+    return bool(event.state) and found[0] is not None and found[1] is None
 
 
 def _raws(stored: Iterable[Stored]) -> list[RawEvent]:
