@@ -246,6 +246,13 @@ class TaskIndex:
             else:
                 self.drop(entry)
 
+    def lose(self, entry: Entry) -> None:
+        """Forget a task that left the stream with an end nobody knows."""
+        self._count(entry, -1)
+        self._changed.pop(entry, None)
+        self._moved.pop(entry, None)
+        self.drop(entry)
+
     def drop(self, entry: Entry) -> None:
         """Forget one task, without a change to any number."""
         self.partial = True

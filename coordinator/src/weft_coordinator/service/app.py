@@ -15,17 +15,21 @@ from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
+from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
+from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.tree import Trees
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
 from weft_coordinator.shell.leader import Leader, Terms
@@ -77,8 +81,14 @@ class Coordinator:
         self._reader = StreamReader(broker)
         self._file = StateFile.take(self.settings.state or self.local.state)
         self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._copies = Copies(broker, self._projection.store)
         self._tail = Tail(
-            broker, self._reader, self._projection, dead_letter=self._on_dead_letter, idle=self.settings.poll
+            broker,
+            self._reader,
+            self._projection,
+            self._copies,
+            dead_letter=self._on_dead_letter,
+            idle=self.settings.poll,
         )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
@@ -94,7 +104,21 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
+        self._archive = Archive(
+            broker,
+            self._projection,
+            self._tail,
+            self._copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+        )
+        self._operations.projection = self._archive.facts
+        self._parts: tuple[Part, ...] = (
+            self._operations,
+            self._archive,
+            Trees(self._projection, self._tail),
+        )
         self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
@@ -122,6 +146,7 @@ class Coordinator:
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
         await self._projection.open()
+        await self._copies.open()
         await self._tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -161,6 +186,7 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
+        await self._copies.close()
         await self._reader.close()
         await self._projection.store.close()
         self._file.release()
@@ -210,6 +236,7 @@ class Coordinator:
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
+                self._archive.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -267,6 +294,9 @@ class Coordinator:
             if one not in self.drift:
                 log.warning("drift: %s", one)
         return report
+
+    def _retention(self) -> Retention:
+        return self.settings.retention or self.local.retention()
 
     def _limit(self) -> int:
         """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weft.core.retentionconf import Retention
 from weft_protocols.errors import InvalidConfig
 
 
@@ -24,6 +25,10 @@ class Settings:
     """Seconds between looks at the stream when nothing happens; while there is traffic it is looked at more often."""
     beat: float = 1.0
     """Seconds between looks at everything else, and between the parts' ticks."""
+    retention: Retention | None = None
+    """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
+    grace: float = 10.0
+    """Seconds from its end in which a task stays in the stream in any case."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048

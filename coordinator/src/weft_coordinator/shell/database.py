@@ -25,6 +25,8 @@ CACHE: Final = 64 * 1024
 """KiB of pages each connection keeps."""
 ROWS: Final = 128
 """Rows of one statement: sqlite3 lets go of the interpreter for each statement, and has to get it back."""
+OPENING: Final = 30.0
+"""Seconds work waits for a file that is being replaced."""
 _DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -39,16 +41,22 @@ class Database:
         self.path = path
         self._threads: dict[bool, ThreadPoolExecutor] = {}
         self._connections: dict[bool, sqlite3.Connection] = {}
+        self._opened = asyncio.Event()
+        self._closed = False
 
     async def open(self) -> None:
         """Connect. Raises Damaged and Unavailable."""
         for writes in (True, False):
             name = f"{self.path.stem}-{'write' if writes else 'read'}"
             self._threads[writes] = ThreadPoolExecutor(1, thread_name_prefix=name)
-            await self._call(writes, self._connect, writes)
+            await self._run(writes, self._connect, writes)
+        self._closed = False
+        self._opened.set()
 
-    async def close(self) -> None:
-        """Disconnect; what was not committed is gone."""
+    async def close(self, *, again: bool = False) -> None:
+        """Disconnect; what was not committed is gone. `again`: whoever has work waits until `open`."""
+        self._opened.clear()
+        self._closed = not again
         for writes, thread in self._threads.items():
             connection = self._connections.pop(writes, None)
             if connection is not None:
@@ -73,18 +81,22 @@ class Database:
                 raise
             return done
 
-        return await self._call(True, transaction)
+        return await self._run(True, transaction)
 
     async def read(
         self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **options: P.kwargs
     ) -> T:
         """Do the work on what is committed. Raises Damaged and Unavailable."""
-        return await self._call(False, lambda: work(self._connections[False], *args, **options))
+        return await self._run(False, lambda: work(self._connections[False], *args, **options))
 
-    async def _call(self, writes: bool, work: Callable[..., T], *args: Any) -> T:
+    async def _run(self, writes: bool, work: Callable[..., T], *args: Any) -> T:
         thread = self._threads.get(writes)
-        if thread is None:
+        if self._closed:
             raise Unavailable(f"{self.path} is closed")
+        if thread is None:
+            async with asyncio.timeout(OPENING):
+                await self._opened.wait()
+            thread = self._threads[writes]
         try:
             return await asyncio.get_running_loop().run_in_executor(thread, work, *args)
         except sqlite3.DatabaseError as error:

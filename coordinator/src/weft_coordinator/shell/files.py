@@ -83,7 +83,9 @@ class StateFile:
         return ""
 
     def set_aside(self, why: str) -> None:
-        """Rename what is there, so that somebody can look at it, and tell so."""
+        """Rename what is there, so that somebody can look at it, and tell so; the one before it goes."""
+        for old in self.path.parent.glob(f"{self.path.stem}.aside-*"):
+            old.unlink(missing_ok=True)
         aside = self.path.with_name(f"{self.path.stem}.aside-{time.time_ns() // 1_000_000}.db")
         for end in _BESIDE:
             if (one := self._beside(end)).exists():
@@ -94,9 +96,13 @@ class StateFile:
         """An empty file beside this one, to become it by `replace`."""
         path = self.path.with_name(f"{self.path.stem}.new.db")
         made = StateFile(path, self._lock)
-        for end in _BESIDE:
-            made._beside(end).unlink(missing_ok=True)
+        made.remove()
         return made
+
+    def remove(self) -> None:
+        """Remove the database."""
+        for end in _BESIDE:
+            self._beside(end).unlink(missing_ok=True)
 
     def replace(self, other: Path) -> None:
         """Put another database, closed and without a log of its own, in place of this one."""

@@ -10,6 +10,7 @@ from typing import Final
 from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
+from weft.core.retentionconf import Retention
 from weft_protocols.errors import InvalidParams, Unavailable, UnsupportedOperation
 
 KINDS: Final = ("agent", "caller")
@@ -50,6 +51,13 @@ class LocalMesh:
         if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
             return -1
         return load_mesh_config(config).broker.max_bytes
+
+    def retention(self) -> Retention:
+        """How long finished tasks stay in the stream: as `mesh.yaml` says, changed by the environment."""
+        base = Retention()
+        if self.home is not None and (config := self.home.root.parent / CONFIG_NAME).is_file():
+            base = load_mesh_config(config).retention
+        return Retention.load(os.environ, base)
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

@@ -39,9 +39,8 @@ class Projection:
     def __init__(self, index: TaskIndex, store: Store, *, keep: int) -> None:
         self.index = index
         self.store = store
-        self._keep = keep
+        self.keep = keep
         self._waiting: _Write | None = None
-        self._takes = {"task": index.created, "event": index.happened}
 
     async def open(self) -> None:
         """Open the file and fill the index from it; one that cannot be used is made anew."""
@@ -54,7 +53,7 @@ class Projection:
 
     async def load(self) -> None:
         """Fill the index from the file."""
-        loaded = await self.store.load(self._keep)
+        loaded = await self.store.load(self.keep)
         self.index.clear()
         self._waiting = None
         self.index.adopt([*loaded.finished, *loaded.live])
@@ -92,6 +91,19 @@ class Projection:
         self._waiting = None
         self.index.evict(waiting.position)
 
+    async def lose(self, entries: Sequence[Entry]) -> None:
+        """Forget tasks that left the stream with an end nobody knows."""
+        for entry in entries:
+            self.index.lose(entry)
+        await self.store.remove(entries)
+        await self.store.write((), self.index.take_changes(), position=self.store.position, skipped=self.store.skipped)
+
+    async def become(self, other: Projection) -> None:
+        """Take over the index and the file of another projection, which has read at least as far."""
+        await self.store.replace(other.store)
+        self.index.become(other.index)
+        self._waiting = None
+
     async def _adopt(self, messages: Sequence[Stored]) -> None:
         """Have in memory what the messages may be about and only the file knows."""
         if not self.index.partial:
@@ -115,9 +127,9 @@ class Projection:
     def _fold(self, one: Stored, told: dict[str, list[Entry]]) -> None:
         """Hand one message to the index. Whatever is in it, the next one is read."""
         kind = one.subject.split(".", 2)[1]
-        take = self._takes.get(kind)
-        if take is None:
+        if kind not in told:
             return
+        take = self.index.created if kind == "task" else self.index.happened
         try:
             entry = take(one.subject, one.seq, time=one.time, headers=one.headers, data=one.data)
         except Exception:

@@ -24,6 +24,7 @@ from weft_protocols.resources import STREAM
 
 _LOOKUPS: Final = 500
 """Tasks of one query."""
+_MISSING: Final = "SELECT coalesce(sum(last - first + 1), 0) FROM gaps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,10 @@ class Size:
 
     tasks: int
     messages: int
+    """From the first to the last."""
     bytes: int
-    archived: int
-    """Tasks that have left the stream."""
-    gaps: int
-    """Messages that left the stream before they were read, and that no other coordinator had."""
+    purged: int
+    """Tasks that left the stream one by one."""
 
 
 class Store:
@@ -56,7 +56,6 @@ class Store:
     def __init__(self, file: StateFile) -> None:
         self.file = file
         self._database = Database(file.path)
-        self._open = False
         self._next_row = 1
         self.stream = ""
         """When the stream was created whose copy this is; empty for a new file."""
@@ -65,34 +64,48 @@ class Store:
         self.archived = 0
         """Sequence up to which messages may have left the stream, as far as this coordinator knows."""
         self.skipped = 0
+        self.missing = 0
+        """Messages that left the stream before this file had them, at most."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing up to the position."""
+        return not self.missing
 
     async def open(self) -> None:
         """Open the file, or make it. One that cannot be used is moved aside and made anew."""
         try:
             await self._try_open()
         except Damaged as error:
-            await self._database.close()
+            await self._database.close(again=True)
             self.file.set_aside(str(error))
             await self._try_open()
-        self._open = True
 
     async def close(self) -> None:
         """Close the file; it stays this coordinator's until `file.release`."""
-        self._open = False
         await self._database.close()
 
     async def renew(self, why: str) -> None:
-        """Move the file aside and begin an empty one."""
-        await self._database.close()
+        """Move the file aside and begin an empty one. Who reads meanwhile waits."""
+        await self._database.close(again=True)
         self.file.set_aside(why)
         await self._try_open()
 
     async def replace(self, other: Store) -> None:
-        """Take over the file of another store, which is closed by it."""
+        """Take over the file of another store, which is closed by it. Who reads meanwhile waits."""
         await other.close()
-        await self._database.close()
+        await self._database.close(again=True)
         self.file.replace(other.file.path)
         await self._try_open()
+
+    def beside(self) -> Store:
+        """A store with an empty file, to become this one by `replace`; closed."""
+        return Store(self.file.spare())
+
+    async def discard(self) -> None:
+        """Close the store and remove its file."""
+        await self.close()
+        self.file.remove()
 
     async def begin(self, stream: str) -> None:
         """Say of an empty file which stream it is a copy of."""
@@ -106,7 +119,7 @@ class Store:
             raise Damaged(problem)
         await self._database.open()
         found = await self._database.write(_prepare)
-        self.stream, self.position, self.skipped, self.archived, self._next_row = found
+        self.stream, self.position, self.skipped, self.archived, self.missing, self._next_row = found
 
     # Writing -----------------------------------------------------------------------------------
 
@@ -136,9 +149,16 @@ class Store:
 
     async def add_gap(self, first: int, last: int) -> None:
         """Remember that messages are missing for good."""
-        await self._database.write(
-            lambda c: c.execute("INSERT OR REPLACE INTO gaps VALUES (?, ?)", (first, last)) and None
-        )
+
+        def work(c: sqlite3.Connection) -> int:
+            c.execute("INSERT OR REPLACE INTO gaps VALUES (?, ?)", (first, last))
+            return int(c.execute(_MISSING).fetchone()[0])
+
+        self.missing = await self._database.write(work)
+
+    async def gaps(self) -> list[tuple[int, int]]:
+        """First and last sequence of each stretch in which messages may be missing for good."""
+        return await self._database.read(lambda c: c.execute("SELECT first, last FROM gaps ORDER BY first").fetchall())
 
     async def remove(self, entries: Iterable[Entry]) -> None:
         """Take tasks out whose end nobody knows; their messages stay."""
@@ -215,18 +235,52 @@ class Store:
         query = f"SELECT {rows.TASK} FROM tasks WHERE row > ? ORDER BY row LIMIT ?"
         return await self._database.read(lambda c: [rows.entry_of(one) for one in c.execute(query, (row, count))])
 
+    async def row_at(self, first: int) -> int:
+        """The last task whose first message is before a sequence; 0 if there is none. Rows are in that order."""
+
+        def work(c: sqlite3.Connection) -> int:
+            low, high = 0, c.execute("SELECT coalesce(max(row), 0) FROM tasks").fetchone()[0]
+            while low < high:
+                middle = (low + high + 1) // 2
+                query = "SELECT first FROM tasks WHERE row >= ? ORDER BY row LIMIT 1"
+                found = c.execute(query, (middle,)).fetchone()
+                low, high = (middle, high) if found[0] < first else (low, middle - 1)
+            return int(low)
+
+        return await self._database.read(work)
+
+    async def purged(self) -> set[int]:
+        """Rows of the tasks that left the stream one by one."""
+        return await self._database.read(lambda c: {row for (row,) in c.execute("SELECT row FROM purged").fetchall()})
+
+    async def note_purged(self, gone: Sequence[int], *, upto: int) -> None:
+        """Remember tasks that left one by one; those up to row `upto` left with the others."""
+
+        def work(c: sqlite3.Connection) -> None:
+            c.executemany("INSERT OR IGNORE INTO purged VALUES (?)", [(row,) for row in gone])
+            c.execute("DELETE FROM purged WHERE row <= ?", (upto,))
+
+        await self._database.write(work)
+
+    async def subjects_of(self, entry: Entry) -> list[str]:
+        """Subjects under which a task has messages, in the order in which they may leave: what could start it first."""
+        query = "SELECT DISTINCT kind, subject FROM messages INDEXED BY messages_of_task WHERE owner = ?"
+        found = await self._database.read(lambda c: c.execute(query, (rows.owner_of(entry.task),)).fetchall())
+        order = [rows.KINDS[kind] for kind in ("task", "input", "step", "event", "claim")]
+        mine = [(order.index(kind), subject) for kind, subject in found if kind in order and _is_of(entry, subject)]
+        return [subject for _, subject in sorted(mine)]
+
     async def size(self) -> Size:
         """How much is in the file. Counting is cheap: nothing is scanned."""
 
-        def work(c: sqlite3.Connection) -> tuple[int, int, int, int]:
+        def work(c: sqlite3.Connection) -> tuple[int, int, int]:
             tasks = c.execute("SELECT coalesce(sum(n), 0) FROM counts").fetchone()[0]
-            messages = c.execute("SELECT coalesce(max(rowid), 0) FROM messages").fetchone()[0]
+            messages = c.execute("SELECT coalesce(max(seq) - min(seq) + 1, 0) FROM messages").fetchone()[0]
             purged = c.execute("SELECT count(*) FROM purged").fetchone()[0]
-            gaps = c.execute("SELECT coalesce(sum(last - first + 1), 0) FROM gaps").fetchone()[0]
-            return tasks, messages - gaps, purged, gaps
+            return tasks, messages, purged
 
-        tasks, messages, purged, gaps = await self._database.read(work)
-        return Size(tasks, messages, self.file.bytes(), purged, gaps)
+        tasks, messages, purged = await self._database.read(work)
+        return Size(tasks, messages, self.file.bytes(), purged)
 
     # Messages ----------------------------------------------------------------------------------
 
@@ -267,6 +321,20 @@ class Store:
         row = await self._database.read(lambda c: c.execute(query, (seq,)).fetchone())
         return rows.message_of(row, STREAM) if row is not None else None
 
+    async def messages_at(self, sequences: Sequence[int]) -> dict[int, Stored]:
+        """Messages by their sequences; those that are not here are left out."""
+
+        def work(c: sqlite3.Connection) -> dict[int, Stored]:
+            found: dict[int, Stored] = {}
+            for begin in range(0, len(sequences), _LOOKUPS):
+                some = list(sequences[begin : begin + _LOOKUPS])
+                asked = ", ".join("?" * len(some))
+                query = f"SELECT seq, subject, time, headers, data FROM messages WHERE seq IN ({asked})"
+                found |= {row[0]: rows.message_of(row, STREAM) for row in c.execute(query, some)}
+            return found
+
+        return await self._database.read(work)
+
     async def last(self, subject: str) -> Stored | None:
         """The last message of a subject."""
         query = (
@@ -288,8 +356,13 @@ class Store:
         return row[0] if row is not None else 0
 
 
-def _prepare(connection: sqlite3.Connection) -> tuple[str, int, int, int, int]:
-    """Make the tables of a new file, or check those of an old one; its meta row and the next free row number."""
+def _is_of(entry: Entry, subject: str) -> bool:
+    tokens = subject.split(".")
+    return tokens[2] == entry.agent and entry.task in tokens
+
+
+def _prepare(connection: sqlite3.Connection) -> tuple[str, int, int, int, int, int]:
+    """Make the tables of a new file, or check those of an old one; what `Store` keeps of it."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
     if empty and not version:
@@ -300,4 +373,5 @@ def _prepare(connection: sqlite3.Connection) -> tuple[str, int, int, int, int]:
         raise Damaged(f"its tables are of version {version} and this coordinator's of {rows.SCHEMA}")
     meta = connection.execute("SELECT stream, position, skipped, archived FROM meta").fetchone()
     last = connection.execute("SELECT coalesce(max(row), 0) FROM tasks").fetchone()[0]
-    return (*(meta or ("", 0, 0, 0)), last + 1)
+    missing = connection.execute(_MISSING).fetchone()[0]
+    return (*(meta or ("", 0, 0, 0)), missing, last + 1)

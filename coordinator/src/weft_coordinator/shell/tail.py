@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from weft.core.broker import Broker
 from weft_coordinator.decide.index import Entry
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.database import Damaged
+from weft_coordinator.shell.feed import Feed, Mark
 from weft_coordinator.shell.log import Batch, StreamReader
 from weft_coordinator.shell.projection import Projection, Taken
+from weft_coordinator.shell.rebuild import Rebuild
+from weft_protocols import subjects
 from weft_protocols.resources import STREAM
 
 log = logging.getLogger("weft.coordinator")
 
-EVERYTHING: Final = ">"
-BATCH: Final = 4000
-"""Messages of one transaction at most."""
 BUSY: Final = 0.02
 """Seconds between looks at the stream while there is traffic."""
 CALMING: Final = 1.5
@@ -67,6 +68,7 @@ class Tail(Rounds):
         broker: Broker,
         reader: StreamReader,
         projection: Projection,
+        copies: Copies,
         *,
         dead_letter: Callable[[Entry], None],
         idle: float = 0.25,
@@ -75,14 +77,14 @@ class Tail(Rounds):
         self._broker = broker
         self._reader = reader
         self._projection = projection
+        self.mark = Mark(broker, reader)
+        self._feed = Feed(reader, self.mark, copies, projection.store)
         self._dead_letter = dead_letter
         self._listeners: list[Listener] = []
         self._doubtful = True
         self._idle = idle
         self.pause = BUSY
         """Seconds until the stream should be looked at again."""
-        self.lag = 0
-        """Messages that were in the stream and not in the file when it was last looked at."""
         self.caught_up = False
         """Whether the index has ever been complete; dead letters found before are old ones."""
 
@@ -113,27 +115,27 @@ class Tail(Rounds):
         if self._doubtful:
             await self._look()
         await self._projection.settle()
-        batch = await self._next(self._projection.store.position)
+        batch = await self._feed.next(self._projection.store.position)
         news = bool(batch.messages)
         while batch.messages:
             if not batch.more:
                 self._tell(await self._projection.take(batch.messages))
                 break
             batch = await self._take_and_fetch(batch)
+        if self._feed.missing:
+            self._feed.missing = False
+            await self._find_lost()
         return news
 
     async def _take_and_fetch(self, batch: Batch) -> Batch:
         """Fold and store a batch while the next one is on its way."""
         try:
             async with asyncio.TaskGroup() as group:
-                ahead = group.create_task(self._next(batch.messages[-1].seq))
+                ahead = group.create_task(self._feed.next(batch.messages[-1].seq))
                 self._tell(await self._projection.take(batch.messages))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return ahead.result()
-
-    async def _next(self, position: int) -> Batch:
-        return await self._reader.batch(STREAM, EVERYTHING, start=position + 1, count=BATCH)
 
     async def _look(self) -> None:
         """Begin anew if the stream is not the one that was read so far, or ends before what was read."""
@@ -142,12 +144,49 @@ class Tail(Rounds):
         if store.stream not in ("", info["created"]):
             await store.renew("the stream is not the one it is a copy of")
         elif info["state"]["last_seq"] < store.position:
-            await store.renew("the stream has lost messages that are in it")
+            log.warning("the stream has lost messages that were read before")
+            await self._rebuild(info)
         if not store.stream:
             await store.begin(info["created"])
             self.caught_up = False
             await self._projection.load()
+        self._feed.begin(info["state"]["last_seq"])
         self._doubtful = False
+
+    async def rebuild(self) -> None:
+        """Make file and index anew while both go on serving: out of the stream, and of what left it out of the file.
+
+        Raises what reading and writing raise; then everything stays as it is.
+        """
+        info = await self._broker.api(f"STREAM.INFO.{STREAM}")
+        made = await self._rebuilt(info)
+        try:
+            async with self._turn:
+                await made.catch_up()
+                await self._projection.become(made.projection)
+        except BaseException:
+            await made.projection.store.discard()
+            raise
+
+    async def _rebuild(self, info: dict[str, Any]) -> None:
+        """The same within a round."""
+        made = await self._rebuilt(info)
+        await self._projection.become(made.projection)
+
+    async def _rebuilt(self, info: dict[str, Any]) -> Rebuild:
+        made = Rebuild(self._reader, self.mark, self._projection)
+        await self._projection.store.mark_archived(await self.mark.read())
+        await made.begin(info["created"])
+        return made
+
+    async def _find_lost(self) -> None:
+        """Messages are missing: forget the tasks that look live and whose creating message has left the stream."""
+        known = self._projection.index.visible(subjects.OPERATOR)
+        live = [one for one in known if not one.ended and one.first <= self._projection.store.archived]
+        lost = [one for one in live if await self._reader.message(STREAM, one.first) is None]
+        if lost:
+            log.warning("%d tasks left the stream with an end nobody here has read of", len(lost))
+            await self._projection.lose(lost)
 
     def _tell(self, taken: Taken) -> None:
         if self.caught_up:
