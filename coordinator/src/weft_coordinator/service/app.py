@@ -80,23 +80,23 @@ class Coordinator:
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
         self._file = StateFile.take(self.settings.state or self.local.state)
-        self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
-        self._copies = Copies(broker, self._projection.store)
-        self._tail = Tail(
+        self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._copies = Copies(broker, self.projection.store)
+        self.tail = Tail(
             broker,
             self._reader,
-            self._projection,
+            self.projection,
             self._copies,
             dead_letter=self._on_dead_letter,
             idle=self.settings.poll,
         )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(Sources(self._reader, self._projection.store))
-        self._reads = Reads(broker, self._projection, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self.projection.store))
+        self._reads = Reads(broker, self.projection, self.tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
-            tail=self._tail,
+            tail=self.tail,
             reader=tasks,
             cards=cards,
             local=self.local,
@@ -106,18 +106,19 @@ class Coordinator:
         )
         self._archive = Archive(
             broker,
-            self._projection,
-            self._tail,
+            self.projection,
+            self.tail,
             self._copies,
             retention=self._retention,
             leading=lambda: self.leader.leading,
             grace=self.settings.grace,
+            every=self.settings.archive_every,
         )
         self._operations.projection = self._archive.facts
         self._parts: tuple[Part, ...] = (
             self._operations,
             self._archive,
-            Trees(self._projection, self._tail),
+            Trees(self.projection, self.tail),
         )
         self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
         self.leader = Leader(
@@ -145,9 +146,9 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
-        await self._projection.open()
+        await self.projection.open()
         await self._copies.open()
-        await self._tail.sync()
+        await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
         if self._index.dead:
@@ -188,7 +189,7 @@ class Coordinator:
         await self._requests.aclose()
         await self._copies.close()
         await self._reader.close()
-        await self._projection.store.close()
+        await self.projection.store.close()
         self._file.release()
 
     @cached_property
@@ -210,11 +211,11 @@ class Coordinator:
     async def _follow(self) -> None:
         """Read the task stream on, at the tail's pace; what fails is tried again."""
         while True:
-            await asyncio.sleep(self._tail.pause)
+            await asyncio.sleep(self.tail.pause)
             if not self._broker.connected:
                 continue
             try:
-                await self._tail.sync()
+                await self.tail.sync()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
 
@@ -278,7 +279,7 @@ class Coordinator:
 
     def _on_reconnect(self) -> None:
         """The server may have lost its last writes, or its streams."""
-        self._tail.doubt()
+        self.tail.doubt()
         self._store.doubt()
         if not self.leader.leading:
             self._decided.doubt()

@@ -26,8 +26,6 @@ from weft_protocols.subjects import GRAMMAR
 
 log = logging.getLogger("weft.coordinator")
 
-EVERY: Final = 10.0
-"""Seconds between two rounds while the stream is not too large."""
 LOOK: Final = 2000
 """Tasks looked at in one step of a round."""
 STEPS: Final = 25
@@ -46,6 +44,7 @@ class Archive(Part):
         retention: How long tasks stay; asked at every round.
         leading: Whether this coordinator may remove anything.
         grace: Seconds from a task's end in which it stays in any case, so that who follows it sees its end.
+        every: Seconds between two rounds while the stream is not too large.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class Archive(Part):
         retention: Callable[[], Retention],
         leading: Callable[[], bool],
         grace: float = 10.0,
+        every: float = 10.0,
     ) -> None:
         self._broker = broker
         self._projection = projection
@@ -66,13 +66,12 @@ class Archive(Part):
         self._retention = retention
         self._leading = leading
         self._grace = grace
+        self._every = every
         self._tasks = Tasks("archive")
         self._clear()
         self._ticked = 0.0
         self._last: Retention | None = None
         self._rebuild: dict[str, Any] = {"running": False, "began": 0, "seconds": 0.0, "error": ""}
-        self.round_done = asyncio.Event()
-        """Set after each round."""
 
     def _clear(self) -> None:
         self._row = -1
@@ -100,7 +99,7 @@ class Archive(Part):
         # Who was away that long does not know who else is there.
         if late or len(self._tasks) or at < self._next:
             return
-        self._next = at + EVERY
+        self._next = at + self._every
         self._tasks.start(self._round(now), name="retention")
 
     async def _round(self, now: int) -> None:
@@ -108,8 +107,6 @@ class Archive(Part):
             await self.run(now)
         except WeftError as error:
             log.warning("finished tasks stay in the stream: %s; trying again", error)
-        finally:
-            self.round_done.set()
 
     async def run(self, now: int) -> None:
         """Remove what may leave at `now`, unix milliseconds."""

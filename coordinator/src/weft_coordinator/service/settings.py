@@ -29,6 +29,8 @@ class Settings:
     """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
     grace: float = 10.0
     """Seconds from its end in which a task stays in the stream in any case."""
+    archive_every: float = 10.0
+    """Seconds between looks for finished tasks that may leave the stream."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048

@@ -38,7 +38,10 @@ class Trees(Part):
         return {"tree": self._tree}
 
     async def _tree(self, body: Body, caller: str) -> dict[str, Any]:
-        """The tree from the highest ancestor the caller sent or works on down: parents come before their children."""
+        """The tree from the highest ancestor the caller sent or works on down: parents come before their children.
+
+        The first node is the root; it has no parent here, whatever is above it for others to see.
+        """
         fields = Fields(body)
         task = fields.text("task")
         fields.check("tree")
@@ -52,11 +55,9 @@ class Trees(Part):
             raise TaskNotFound(f"there is no task {task}")
         nodes, more = await self._below(seen[-1])
         told = await self._store.messages_at([one.seq for one in nodes if one.status])
-        return {
-            "root": _name(seen[-1]),
-            "nodes": [_node(one, told.get(one.seq)) for one in nodes],
-            "more": more,
-        }
+        shown = [_node(one, told.get(one.seq)) for one in nodes]
+        shown[0]["parent"] = None
+        return {"root": _name(seen[-1]), "nodes": shown, "more": more}
 
     async def _find(self, agent: str, task: str) -> Entry | None:
         """In memory, else in the file."""

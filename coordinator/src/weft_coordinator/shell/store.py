@@ -364,13 +364,16 @@ def _is_of(entry: Entry, subject: str) -> bool:
 def _prepare(connection: sqlite3.Connection) -> tuple[str, int, int, int, int, int]:
     """Make the tables of a new file, or check those of an old one; what `Store` keeps of it."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    if empty and not version:
+    made = connection.execute("SELECT count(*) FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchone()[0]
+    if not made and not version:
         for statement in rows.TABLES:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {rows.SCHEMA}")
-    elif version != rows.SCHEMA:
-        raise Damaged(f"its tables are of version {version} and this coordinator's of {rows.SCHEMA}")
+    elif (version, made) != (rows.SCHEMA, len(rows.TABLES)):
+        raise Damaged(
+            f"it has {made} tables and indexes of version {version}, and this coordinator's has {len(rows.TABLES)} of "
+            f"version {rows.SCHEMA}"
+        )
     meta = connection.execute("SELECT stream, position, skipped, archived FROM meta").fetchone()
     last = connection.execute("SELECT coalesce(max(row), 0) FROM tasks").fetchone()[0]
     missing = connection.execute(_MISSING).fetchone()[0]
