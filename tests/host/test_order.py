@@ -167,7 +167,7 @@ async def test_a_task_that_is_cancelled_in_the_queue_leaves_it(
 
     async with running(mesh, agent, replicas=2) as replicas:
         handles = [await caller.submit(agent.name, text, context_id=f"{agent.name}-a") for text in ("a", "b", "c")]
-        await eventually(lambda: sum(len(replica.replica.queue) for replica in replicas) == 2)
+        await eventually(lambda: seen == ["a"] and sum(len(replica.replica.queue) for replica in replicas) == 2)
         await handles[1].cancel()
         assert (await handles[1].result()).state is weft.State.CANCELED
         assert seen == ["a"]
@@ -194,7 +194,7 @@ async def test_a_replica_that_leaves_hands_back_what_waits_for_its_turn(
 
     async with running(mesh, agent, grace=0.0) as (first,):
         handles = [await caller.submit(agent.name, text, context_id=f"{agent.name}-a") for text in ("a", "b")]
-        await eventually(lambda: len(first.replica.queue) == 1)
+        await eventually(lambda: seen == ["a"] and len(first.replica.queue) == 1)
         async with running(mesh, agent) as (second,):
             await first.stop()
             gate.set()

@@ -6,7 +6,7 @@ that must wait is told when it may be worth asking again; it asks again by itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -33,24 +33,23 @@ class Turning(Part):
     """Answers `turn`.
 
     Args:
-        index: What feeds `order`.
-        tail: Brings it up to date.
+        index: The tasks.
+        tail: Brings it up to date, and tells what changed.
         clock: Unix milliseconds.
     """
 
     def __init__(self, broker: Broker, *, index: TaskIndex, tail: Tail, clock: Callable[[], int]) -> None:
         self._broker = broker
-        self._index = index
         self._tail = tail
         self._clock = clock
-        self._order = Order()
+        self._order = Order(index)
         self._asked: dict[tuple[str, str], dict[str, int]] = {}
         """By agent and context: replicas that wait, and until when they are told."""
         self._agents: frozenset[str] = frozenset()
         """Agents of which somebody waits."""
         self._hints = Hints(broker, tail, concerns=self._concerns)
         self._tasks = Tasks("turns")
-        index.followers += [self._order, self]
+        tail.on_change(self._changed)
 
     @property
     def operations(self) -> Mapping[str, Handler]:
@@ -60,13 +59,13 @@ class Turning(Part):
     async def _turn(self, body: Body, caller: str) -> dict[str, Any]:
         """Whether every earlier task of a context of the caller has ended, and which have not."""
         fields = Fields(body)
-        context, seq = fields.text("context", limit=1024), fields.number("seq")
+        context, task = fields.text("context", limit=1024), fields.text("task")
         replica = fields.token("replica") if "replica" in body else ""
         fields.check(f"turn of {caller}")
         await self._tail.sync()
-        if self._index.watermark.tasks < seq:
+        before = self._order.before(caller, context, task)
+        if before is None:
             return {"go": False, "after": []}  # a replica of the stream that lags was read
-        before = self._order.before(caller, context, seq)
         if before and replica:
             self._asked.setdefault((caller, context), {})[replica] = self._clock() + TELL
             await self._listen()
@@ -79,25 +78,20 @@ class Turning(Part):
 
     # Telling -----------------------------------------------------------------------------------
 
-    def created(self, entry: Entry, seq: int) -> None:
-        """A task was accepted: the order knows."""
+    def _changed(self, entries: Sequence[Entry]) -> None:
+        self._order.changed(entries)
+        for entry in entries if self._asked else ():
+            if entry.ended and (waiting := self._asked.pop((entry.agent, entry.context), None)) is not None:
+                self._ended(entry, waiting)
 
-    def moved(self, entry: Entry) -> None:
-        """A task has ended: whoever waits in its context asks again."""
-        if not entry.ended or not self._asked:
-            return
-        waiting = self._asked.pop((entry.agent, entry.context), None)
-        if waiting is None:
-            return
+    def _ended(self, entry: Entry, waiting: Mapping[str, int]) -> None:
+        """Whoever waits in its context asks again."""
         now = self._clock()
         data = Control("turn", data=bytes(msgpack.packb({"context": entry.context}))).encode()
         for replica, until in waiting.items():
             if until > now:
                 self._tell(subjects.ctl(entry.agent, replica), data)
         self._tasks.start(self._listen())
-
-    def cleared(self) -> None:
-        """Everything is read anew."""
 
     def _tell(self, subject: str, data: bytes) -> None:
         try:

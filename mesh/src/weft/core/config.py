@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
@@ -180,6 +181,7 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    retention: Retention = field(default_factory=Retention)
     schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
 
 
@@ -216,7 +218,7 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        known = ("name", "broker", "agents", "callers", "gateway", "schedules")
+        known = ("name", "broker", "agents", "callers", "gateway", "retention", "schedules")
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
@@ -229,6 +231,7 @@ class _Reader(YamlReader):
             agents=agents,
             callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
+            retention=read_retention(self, fields.get("retention")),
             schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
         )
 
