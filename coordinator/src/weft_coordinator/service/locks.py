@@ -181,22 +181,17 @@ class LockPart(Part):
         if ended:
             self.decide(lambda: self._locks.ended(*ended))
 
-    # Following the index -----------------------------------------------------------------------
-
-    def created(self, entry: Entry, seq: int) -> None:
-        """A task was accepted: it holds nothing yet."""
-
-    def moved(self, entry: Entry) -> None:
-        """A task that ended holds nothing more, whatever its replica still says or did not."""
-        if not entry.ended or not self._leader.leading or not entry.created:
-            return
-        self._detector.ended(entry.task)
-        if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
+    def changed(self, entries: Sequence[Entry]) -> None:
+        """Tasks that ended hold nothing more, whatever their replicas still say or did not."""
+        ended = [entry for entry in entries if entry.ended and entry.created] if self._leader.leading else ()
+        held: list[str] = []
+        for entry in ended:
+            self._detector.ended(entry.task)
+            if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
+                held.append(entry.task)
+        if held:
             with contextlib.suppress(Unavailable):
-                self.decide(lambda: self._locks.ended(entry.task))
-
-    def cleared(self) -> None:
-        """Everything is read anew: what ended is told again."""
+                self.decide(lambda: self._locks.ended(*held))
 
     # Deciding ----------------------------------------------------------------------------------
 
@@ -311,11 +306,10 @@ class LockPart(Part):
     def _ancestors(self, entry: Entry) -> tuple[str, ...]:
         """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
         found: list[str] = []
-        parent = getattr(entry, "parent", None)
-        while parent is not None and parent[1] not in found and len(found) < 64:
-            found.append(parent[1])
-            above = self._find(*parent)
-            parent = getattr(above, "parent", None)
+        above: Entry | None = entry
+        while above is not None and above.parent is not None and above.parent[1] not in found:
+            found.append(above.parent[1])
+            above = self._find(*above.parent)
         return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
