@@ -30,9 +30,10 @@ from weft_coordinator.service import micro
 from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.deciding import Shared, Speaker
 from weft_coordinator.service.due import DuePart
 from weft_coordinator.service.gate import Gate
-from weft_coordinator.service.locks import LockPart, Shared, Speaker
+from weft_coordinator.service.locks import LockPart
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request

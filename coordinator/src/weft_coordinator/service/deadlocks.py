@@ -20,7 +20,7 @@ from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.locks import Request
 from weft_coordinator.decide.parked import Parked, ParkedTasks
 from weft_coordinator.decide.registry import Fields
-from weft_coordinator.service.locks import Key, Shared
+from weft_coordinator.service.deciding import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
 from weft_protocols import subjects
 from weft_protocols.errors import CycleEdge, InvalidParams, PermissionDenied, WeftError

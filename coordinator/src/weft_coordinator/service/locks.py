@@ -10,22 +10,18 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
-
-import msgpack
+from typing import Any, Final
 
 from weft.core.supervise import Tasks
-from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.index import Entry
 from weft_coordinator.decide.ledger import Event
-from weft_coordinator.decide.locks import Ask, Locks, Request, changes
+from weft_coordinator.decide.locks import Ask, Request, changes
 from weft_coordinator.decide.registry import Fields
+from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.deciding import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
 from weft_protocols import subjects
-from weft_protocols.errors import BrokerError, Fenced, InvalidParams, PermissionDenied, Unavailable, WeftError
-from weft_protocols.records import Control
-
-if TYPE_CHECKING:
-    from weft_coordinator.service.deadlocks import Detector
+from weft_protocols.errors import Fenced, InvalidParams, PermissionDenied, Unavailable, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -43,69 +39,6 @@ MAX_SHOWN: Final = 3_000
 """Locks, holders and waiters in one answer, together."""
 MAX_WAITERS: Final = 100
 """Waiters of one lock in an answer, the first ones."""
-Key = tuple[str, str]
-"""(agent, replica)."""
-
-
-class Decider(Protocol):
-    """The leader, as parts see it (`weft_coordinator.shell.leader`)."""
-
-    @property
-    def leading(self) -> bool:
-        """Whether it leads."""
-        ...
-
-    def submit(self, act: Callable[[int], Sequence[Event]]) -> asyncio.Future[list[int]]:
-        """Decide now; the future has the numbers of the events once they are stored."""
-        ...
-
-
-class Synced(Protocol):
-    """What brings the task index up to date."""
-
-    async def sync(self) -> None:
-        """Return when everything stored until now is in the index."""
-        ...
-
-
-class Sender(Protocol):
-    """Sends a message without waiting."""
-
-    def __call__(self, subject: str, data: bytes) -> None:
-        """Send; raises BrokerError at once."""
-        ...
-
-
-class Speaker:
-    """Speaks to replicas. What gets lost is repaired by their session."""
-
-    def __init__(self, send: Sender) -> None:
-        self._send = send
-
-    def tell(self, key: Key, op: str, data: Mapping[str, Any]) -> None:
-        """Send a control message to a replica."""
-        try:
-            self._send(subjects.ctl(*key), Control(op, data=bytes(msgpack.packb(data))).encode())
-        except BrokerError as error:
-            log.debug("replica %s of %s is not told %s: %s", key[1], key[0], op, error)
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What decisions about locks and about deadlocks are made with."""
-
-    leader: Decider
-    locks: Locks
-    index: TaskIndex
-    tail: Synced
-    speaker: Speaker
-    clock: Callable[[], float]
-    """Seconds, monotonic."""
-
-    def find(self, agent: str, task: str) -> Entry | None:
-        """A task of an agent, if it was really sent to it."""
-        entry = self.index.find(agent, task, caller=subjects.OPERATOR)
-        return entry if entry is not None and entry.created else None
 
 
 @dataclass(slots=True)

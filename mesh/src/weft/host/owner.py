@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
@@ -12,10 +12,6 @@ from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
 from weft.host.waits import Observer
 from weft_protocols.records import Claim, Control
-
-if TYPE_CHECKING:
-    from weft.host.session import Session
-    from weft.host.turn import Queue
 
 
 @dataclass(slots=True)
@@ -55,16 +51,6 @@ class Owner(Protocol):
     @property
     def live(self) -> dict[str, Run]:
         """Tasks it owns now, by id."""
-        ...
-
-    @property
-    def queue(self) -> Queue:
-        """Tasks that wait for their turn."""
-        ...
-
-    @property
-    def session(self) -> Session:
-        """Its locks and waits."""
         ...
 
     @property

@@ -81,9 +81,9 @@ class Replica:
         self.inputs = Inputs(self)
         self.parking = Parking(self)
         self.observers.append(self.parking)
-        self.session = Session(self)
-        self.observers.append(self.session)
         self.queue = Queue(self)
+        self.session = Session(self, self.queue)
+        self.observers.append(self.session)
         self.controls: dict[str, Callable[[Control, Delivered], None]] = {"turn": self.queue.told}
         """Who takes a control message, by its `op`."""
         self.controls.update(dict.fromkeys(OPS, self.session.on_control))

@@ -19,6 +19,7 @@ from a2a.types import a2a_pb2 as pb
 from weft.client import content
 from weft.core import blobs
 from weft.host.fence import Fence
+from weft.host.held import Granting, Holding
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.slots import SlotHold
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
-    from weft.host.locking import Lock
-    from weft.host.session import Session
 
 
 TURN_KEY: Final = "_turn"
@@ -184,8 +183,8 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
-    session: Session
-    """Where locks are asked for and waits are told."""
+    session: Granting
+    """Where locks are asked for."""
     waits: Waits
     """What it waits for."""
     parts: tuple[Part, ...] = ()
@@ -222,7 +221,7 @@ class Run:
     """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
     claimed: int = field(init=False)
     """Sequence of the claim with which this attempt began; it may renew it."""
-    locks: list[Lock] = field(default_factory=list)
+    locks: list[Holding] = field(default_factory=list)
     """Locks in whose blocks it is."""
     barred: str = ""
     """Why it must not begin."""

@@ -20,6 +20,7 @@ from weft.core.broker import Delivered
 from weft.host.locking import Lock
 from weft.host.owner import Owner
 from weft.host.run import Run
+from weft.host.turn import Queue
 from weft.host.waits import Wait, Waits
 from weft_protocols import subjects
 from weft_protocols.errors import (
@@ -56,8 +57,9 @@ _Key = tuple[str, str]
 class Session:
     """The locks and waits of one replica."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, queue: Queue) -> None:
         self._owner = owner
+        self._queue = queue
         self._asked: dict[str, Lock] = {}
         """Locks that are waited for, by request."""
         self._held: dict[str, Lock] = {}
@@ -256,7 +258,7 @@ class Session:
     def _on_deadlock(self, task_id: str, wait_id: str, cycle: tuple[CycleEdge, ...]) -> None:
         """A wait gives way: its branch is told, or the task is refused where it has not begun."""
         found = self._wait_of(task_id, wait_id)
-        if found is not None and not self._owner.queue.refuse(task_id, f"DeadlockError: {DeadlockError(cycle=cycle)}"):
+        if found is not None and not self._queue.refuse(task_id, f"DeadlockError: {DeadlockError(cycle=cycle)}"):
             found[1].give_way(cycle)
 
     def _wait_of(self, task_id: str, wait_id: str) -> tuple[Waits, Wait] | None:
@@ -275,7 +277,7 @@ class Session:
         if not waits.idle or any(wait.kind not in TOLD for wait in waits.all):
             return False
         if run is None or run.waits is not waits:
-            return waits.task_id in self._owner.queue  # it has not begun
+            return waits.task_id in self._queue  # it has not begun
         waited_in = {id(lock) for wait in waits.all for lock in wait.around}
         return run.stop is None and not run.ended and all(id(lock) in waited_in for lock in run.locks)
 
