@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import socket
 import time
 import uuid
@@ -30,6 +31,7 @@ from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.routes import Routes
 from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.tree import Trees
@@ -134,6 +136,7 @@ class Coordinator:
             self._operations,
             self._archive,
             Trees(self.projection, self.tail),
+            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
             waking,
             Turning(broker, index=self._index, tail=self.tail, clock=_now),
             scheduling,
