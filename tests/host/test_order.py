@@ -209,7 +209,7 @@ async def test_a_task_that_waits_for_its_turn_behind_its_own_ancestor_is_rejecte
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
 ) -> None:
     """Fails if agents that call each other in one context wait for each other for ever."""
-    first, second = weft.Agent(unique("first"), ordering="context"), weft.Agent(unique("second"), ordering="context")
+    first, second = (weft.Agent(unique(name), ordering="context", reentrant=True) for name in ("first", "second"))
     told: list[tuple[str, str, tuple[str, ...], bool]] = []
 
     @first.skill()

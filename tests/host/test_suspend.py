@@ -130,6 +130,46 @@ async def test_a_task_that_waits_for_several_things_goes_on_with_each(
     assert set(stored.attempts) == {1}
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["all", "one fails"])
+async def test_a_task_that_waits_for_many_children_goes_on_once_and_not_with_each(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, fails: bool
+) -> None:
+    """Fails if every child that ends has its parent do everything again, or an error waits for the last child."""
+    child = weft.Agent(unique("child"))
+    parent = weft.Agent(unique("parent"), suspend_after=SOON)
+    gates = [asyncio.Event() for _ in range(12)]
+    runs: list[int] = []
+
+    @child.skill()
+    async def wait(task: weft.Task) -> str:
+        await gates[int(task.text)].wait()
+        if fails:
+            raise weft.Fail("no")
+        return task.text
+
+    @parent.skill()
+    async def work(task: weft.Task) -> list[str]:
+        runs.append(1)
+        views = await task.gather(*(task.delegate(child.name, str(n)) for n in range(len(gates))))
+        return [view.text for view in views]
+
+    async with running(mesh, child, parent) as (children, replica), await caller.submit(parent.name, "go") as handle:
+        await heard(handle, lambda event: event.attempt == 1)
+        await eventually(lambda: not replica.owned)
+        for gate in gates[:1] if fails else gates[:-1]:
+            gate.set()
+        if not fails:
+            await eventually(lambda: children.replica.counters.done == len(gates) - 1)
+            with pytest.raises(TimeoutError):  # it is not woken
+                await eventually(lambda: len(runs) > 1, timeout=0.5)
+            gates[-1].set()
+        view = await handle.result()
+        assert view.state is (weft.State.FAILED if fails else weft.State.COMPLETED)
+        await settled(mesh, parent.name)
+        await settled(mesh, child.name)
+    assert len(runs) == 2
+
+
 async def test_a_task_with_a_step_beside_its_wait_stays(mesh: BrokerMesh, caller: weft.Mesh, unique: Unique) -> None:
     agent = weft.Agent(unique("beside"), suspend_after=SOON)
     gate = asyncio.Event()
