@@ -49,6 +49,7 @@ class Agent:
         retry: the same with the pauses between the attempts, and errors that end a task at once.
         suspend_after: seconds a question may wait before the task leaves memory until it is answered.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
+        rollback_timeout: seconds for undoing what a task did (`Task.on_rollback`) before it ends without.
         weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
         cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
         max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
@@ -74,6 +75,7 @@ class Agent:
         cancel_grace: float = 10.0,
         weight: float = 1.0,
         cost: float = 0.0,
+        rollback_timeout: float = 60.0,
         max_hops: int = HOPS,
         reentrant: bool = False,
         card: Mapping[str, Any] | AgentCard | None = None,
@@ -87,6 +89,7 @@ class Agent:
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
+        self.rollback_timeout = _at_least(0.0, rollback_timeout, f"rollback_timeout of agent {name}")
         self.weight = _at_least(0.0, weight, f"weight of agent {name}")
         self.cost = _at_least(0.0, cost, f"cost of agent {name}")
         self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")

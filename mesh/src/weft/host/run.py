@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
+    from weft.host.saga import Rollback
 
 
 TURN_KEY: Final = "_turn"
@@ -200,6 +201,10 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    rollback: Rollback | None = None
+    """What would be undone, once that is known."""
+    concluding: asyncio.Lock | None = None
+    """Held while its end is being written; then no cancel changes it any more."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often it made each call, by the call's digest."""
     named: WeakKeyDictionary[Any, str | tuple[Any, ...]] | None = None
@@ -242,6 +247,8 @@ class Run:
         """Stop the handler at its next await, or leave that to the caller; False if it is being stopped already."""
         if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
             return False  # the event that ends the task is on its way already
+        if self.concluding is not None and stop is Stop.CANCEL:
+            return False  # it is being rolled back
         self.stop, self.stop_reason = stop, reason
         self.slot.leaving = True
         if self.runner is not None and at_once:
@@ -344,14 +351,19 @@ class Run:
         return await self.log.post(event)
 
     async def finish(
-        self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
+        self,
+        state: State,
+        parts: Sequence[Part] = (),
+        *,
+        error: A2AError | None = None,
+        dead: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write the terminal event; returns when it is stored."""
         extra: dict[str, str] = {}
-        metadata: dict[str, Any] | None = None
         if error is not None:
             extra[h.ERROR] = error.reason
-            metadata = {"weft.error": {"reason": error.reason, **error.metadata}}
+            metadata = {**(metadata or {}), "weft.error": {"reason": error.reason, **error.metadata}}
             if error.violations:
                 metadata["weft.error"]["violations"] = {v.field: v.description for v in error.violations}
         if dead:
