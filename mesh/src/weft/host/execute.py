@@ -130,11 +130,13 @@ async def _attempt(replica: Owner, run: Run) -> None:
         await ending.conclude(run, End(State.REJECTED, error.message, reason=error.reason), error=error)
         _settle(replica, run)
         return
+    if await _shed(replica, run, skill):
+        return
     if skill.answer == "task" and run.log.last_state is not State.WORKING:
         await run.status(State.WORKING, extra=b"Weft-Replica: %b\r\nWeft-Attempt: %d\r\n" % (
             run.replica.encode(), run.claim.attempt,
         ))  # fmt: skip
-    deadline = run.work.deadline
+    deadline, begun = run.work.deadline, time.monotonic()
     try:
         if deadline is None:
             result = await _handler(skill, run, arguments)
@@ -146,7 +148,22 @@ async def _attempt(replica: Owner, run: Run) -> None:
     except Exception as error:  # noqa: BLE001 - the handler's own failure: an end, another attempt or a dead letter
         await _failed(replica, run, error)
     else:
+        if run.journal.fresh and len(run.history) == 1:  # in one go, and without asking
+            replica.paces.took(skill.id, time.monotonic() - begun)
         await _completed(replica, run, skill=skill, result=result)
+
+
+async def _shed(replica: Owner, run: Run, skill: Skill) -> bool:
+    """End a new task that cannot be done by its deadline, before it takes time from others."""
+    if run.work.deadline is None or not run.agent.shed or not run.journal.fresh:
+        return False
+    left = run.work.deadline - time.time()
+    typical = replica.paces.hopeless(skill.id, left)
+    if not typical:
+        return False
+    text = f"not begun: {max(0.0, left):.3g} s are left to its deadline, and {skill.id} typically takes {typical:.3g} s"
+    await _end(replica, run, State.FAILED, text)
+    return True
 
 
 async def _turns(replica: Owner, run: Run, turns: Turns) -> None:

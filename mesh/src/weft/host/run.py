@@ -18,6 +18,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.core import blobs
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
@@ -184,6 +185,8 @@ class Run:
     """Where synchronous handlers and steps run."""
     waits: Waits
     """What it waits for."""
+    circuits: Circuits
+    """Whom it may call."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
