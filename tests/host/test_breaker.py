@@ -31,13 +31,8 @@ def state(breaker: Breaker) -> str:
 
 
 def test_a_circuit_opens_when_enough_of_enough_calls_failed() -> None:
-    for failed, state in (
-        ("xxx", "closed"),
-        ("xxxx", "open"),
-        ("..xx", "open"),
-        ("...x", "closed"),
-        ("xx..", "closed"),
-    ):
+    cases = {"xxx": "closed", "xxxx": "open", "..xx": "open", "...x": "closed", "xx..": "closed"}
+    for failed, expected in cases.items():
         breaker = Breaker(POLICY)
         ends(breaker, at=0.0, failed=failed)
         assert state(breaker) == expected, failed

@@ -6,8 +6,8 @@ import asyncio
 import time
 
 from weft.host import saga
+from weft.host.rollback import End
 from weft.host.run import Run
-from weft.host.saga import End
 from weft_protocols import a2a, records
 from weft_protocols.errors import A2AError
 from weft_protocols.records import DeadLetter

@@ -16,8 +16,8 @@ from weft.host import chain, ending, values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
 from weft.host.retry import DEADLOCK
+from weft.host.rollback import End
 from weft.host.run import Run, Stop, sequence_in
-from weft.host.saga import End
 from weft.host.steps import call
 from weft.host.task import Task
 from weft_protocols import a2a, budgets, records

@@ -25,8 +25,8 @@ from weft.host import ending, execute, takeover
 from weft.host.agent import Agent
 from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
+from weft.host.rollback import End
 from weft.host.run import Awaited, Input, Run, Stop, Work, sequence_in, turn_key
-from weft.host.saga import End
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, ids, records, subjects
 from weft_protocols import headers as h

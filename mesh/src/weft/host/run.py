@@ -22,6 +22,7 @@ from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.journal import Journal
 from weft.host.log import EventLog
+from weft.host.rollback import Rollback
 from weft.host.slots import SlotHold
 from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
-    from weft.host.saga import Rollback
 
 
 TURN_KEY: Final = "_turn"

@@ -12,20 +12,18 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgpack
 
 from weft.host.retry import RetryPolicy
+from weft.host.rollback import End, Rollback, Undo
+from weft.host.run import Run
 from weft.host.steps import try_step
 from weft_protocols import a2a, records
 from weft_protocols.errors import BrokerError, Fenced, StepChanged, UsageError
 from weft_protocols.records import StepRecord
 from weft_protocols.states import State
-
-if TYPE_CHECKING:
-    from weft.host.run import Run
 
 log = logging.getLogger("weft.host")
 
@@ -35,55 +33,6 @@ TRIES: Final = 5
 """Replicas that may be lost in the middle of one rollback, beyond the agent's attempts."""
 METADATA: Final = "weft.rollback"
 """Metadata of the terminal event: `undone`, a list of keys, and `failed`, why by key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Undo:
-    """One compensation."""
-
-    key: str
-    function: str
-    """`module:name`."""
-    arguments: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How a task ends."""
-
-    state: State
-    text: str
-    error: str = ""
-    """Of its dead letter; empty for none."""
-    reason: str = ""
-    """Of an A2A error; empty for none."""
-
-
-@dataclass(slots=True)
-class Rollback:
-    """What a task would have undone, in the order of its effects, and how it ends once that is decided."""
-
-    undos: list[Undo] = field(default_factory=list)
-    end: End | None = None
-    loaded: bool = False
-    """Whether what earlier attempts registered is in it."""
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def store(self, run: Run) -> None:
-        """Write the record as a whole."""
-        end = self.end
-        told = {
-            "undos": [[one.key, one.function, one.arguments] for one in self.undos],
-            "end": None if end is None else [int(end.state), end.text, end.error, end.reason],
-        }
-        await run.journal.replace(records.ROLLBACK_KEY, bytes(msgpack.packb(told)))
-
-    def fill(self, data: bytes) -> None:
-        """Take over a stored record."""
-        told = msgpack.unpackb(data)
-        self.undos = [Undo(*one) for one in told["undos"]]
-        if (end := told["end"]) is not None:
-            self.end = End(State(end[0]), *end[1:])
 
 
 async def load(run: Run) -> Rollback:
@@ -125,7 +74,7 @@ async def register(
             if known.key == key:
                 return
         rollback.undos.append(wanted)
-        await rollback.store(run)
+        await rollback.store(run.journal)
 
 
 async def decide(run: Run, end: End) -> End:
@@ -134,7 +83,7 @@ async def decide(run: Run, end: End) -> End:
     if rollback.undos and rollback.end is None:
         async with rollback.writing:
             rollback.end = end
-            await rollback.store(run)
+            await rollback.store(run.journal)
     return rollback.end or end
 
 
