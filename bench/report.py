@@ -26,6 +26,7 @@ def table(results: dict[str, Any]) -> str:
         ("gateway", _gateway),
         ("takeover", _takeover),
         ("idle", _idle),
+        ("suspended", _suspended),
         ("history", _history),
     ):
         if case in results:
@@ -109,6 +110,13 @@ def _idle(result: dict[str, Any]) -> Iterable[str]:
     yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
     yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
     yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _suspended(result: dict[str, Any]) -> Iterable[str]:
+    tasks, agent, leader = result["tasks"], result["agent_mb"], result["coordinator_mb"]
+    yield f"Suspended: {tasks} tasks wait for one time; all out of memory {result['parked_s']:.1f} s after the first"
+    yield f"  agent {agent[0]:.0f} to {agent[1]:.0f} MB, coordinator {leader[0]:.0f} to {leader[1]:.0f} MB"
+    yield f"  all ended {result['woken_s']:.1f} s after that time, {tasks / result['woken_s']:,.0f} a second"
 
 
 def _cpu(record: dict[str, Any]) -> float:

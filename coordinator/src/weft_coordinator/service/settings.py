@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from weft.core.retentionconf import Retention
 from weft_protocols.errors import InvalidConfig
 
 
@@ -14,10 +16,21 @@ class Settings:
     """Limits and times of one coordinator."""
 
     finished_tasks: int = 10_000
-    """Finished tasks of which the index remembers where they are; of older ones it keeps what listing needs.
+    """Finished tasks that stay in memory; older ones are read from the coordinator's file.
     `WEFT_COORDINATOR_FINISHED`."""
-    poll: float = 1.0
-    """Seconds between looks at the stream when nobody asks."""
+    state: Path | None = None
+    """Directory of the coordinator's file. Default: `coordinator` in the mesh's home directory; for a mesh elsewhere a
+    temporary one, so that every start reads the whole stream. `WEFT_COORDINATOR_STATE`."""
+    poll: float = 0.25
+    """Seconds between looks at the stream when nothing happens; while there is traffic it is looked at more often."""
+    beat: float = 1.0
+    """Seconds between looks at everything else, and between the parts' ticks."""
+    retention: Retention | None = None
+    """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
+    grace: float = 10.0
+    """Seconds from its end in which a task stays in the stream in any case."""
+    archive_every: float = 10.0
+    """Seconds between looks for finished tasks that may leave the stream."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048
@@ -34,9 +47,8 @@ class Settings:
     @staticmethod
     def load(environment: Mapping[str, str] = os.environ) -> Settings:
         """The defaults, changed by the environment. Raises InvalidConfig for a value that is no number."""
-        text = environment.get("WEFT_COORDINATOR_FINISHED", "")
-        if not text:
-            return Settings()
+        text = environment.get("WEFT_COORDINATOR_FINISHED") or str(Settings().finished_tasks)
         if not text.isdigit() or int(text) > 10**9:
             raise InvalidConfig(f"WEFT_COORDINATOR_FINISHED is {text!r}; it must be a number of tasks")
-        return Settings(finished_tasks=int(text))
+        state = environment.get("WEFT_COORDINATOR_STATE")
+        return Settings(finished_tasks=int(text), state=Path(state).expanduser().absolute() if state else None)

@@ -48,12 +48,15 @@ class Agent:
         concurrency: tasks one replica works on at a time. Waiting for a child, an answer or a timer does not count.
         attempts: how often a task may be started before it is failed and leaves a dead letter; 3 by default.
         retry: the same with the pauses between the attempts, and errors that end a task at once.
-        suspend_after: seconds a question may wait before the task leaves memory until it is answered.
+        suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
+            what it waits for has happened.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         breaker: when a replica of this agent stops calling another one whose tasks fail; None is never.
         shed: whether a task is failed at once where even a quick run of its skill, as far as this replica has seen
             at least 20, would not be done by its deadline.
         rollback_timeout: seconds for undoing what a task did (`Task.on_rollback`) before it ends without.
+        ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
+            they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
         weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
         cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
         max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
@@ -77,6 +80,7 @@ class Agent:
         retry: RetryPolicy | None = None,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
+        ordering: Literal["context"] | None = None,
         weight: float = 1.0,
         cost: float = 0.0,
         breaker: BreakerPolicy | None = BREAKER,
@@ -98,6 +102,9 @@ class Agent:
         self.breaker = breaker
         self.shed = shed
         self.rollback_timeout = _at_least(0.0, rollback_timeout, f"rollback_timeout of agent {name}")
+        if ordering not in ("context", None):
+            raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
+        self.ordering = ordering
         self.weight = _at_least(0.0, weight, f"weight of agent {name}")
         self.cost = _at_least(0.0, cost, f"cost of agent {name}")
         self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")

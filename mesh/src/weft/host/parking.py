@@ -26,6 +26,8 @@ WORTH: Final = 1.0
 """Seconds a task must have left to wait, as far as is known, for leaving memory to be worth it."""
 AGAIN: Final = 5.0
 """Seconds until the coordinator is asked again when it did not answer; up to twice that, by chance."""
+NEVER: Final = 250_000_000_000.0
+"""Unix seconds that are as good as never."""
 AT_ONCE: Final = 64
 """Requests under way at a time."""
 
@@ -121,7 +123,7 @@ def _request(run: Run) -> Mapping[str, Any] | None:
         "slice": run.work.slice,
         "claim": run.fence.token,
         "key": waits[0].key,
-        "until": int(min(ends) * 1000) if ends else None,
+        "until": int(min(*ends, NEVER) * 1000) if ends else None,
         "children": children,
         "need": _need(waits, len(children)),
     }
@@ -138,14 +140,8 @@ def _children(run: Run, waits: tuple[Wait, ...]) -> list[list[Any]]:
 
 
 def _need(waits: tuple[Wait, ...], unfinished: int) -> int:
-    """How many children must end for the task to go on: one, unless a single wait speaks for all of them.
-
-    Branches go on one by one. But where a wait names every child that is waited for, it is the one that counts.
-    """
-    named = [wait for wait in waits if wait.kind == "child"]
-    everything = {target for wait in named for target in wait.targets}
-    for wait in named:
-        if len(wait.targets) > 1 and set(wait.targets) == everything:
-            ended = len(wait.targets) - unfinished
-            return min(unfinished, max(1, (wait.need or len(wait.targets)) - ended))
+    """How many children must end for the task to go on: one, unless all are branches that only wait, together."""
+    groups = {wait.together for wait in waits if wait.kind == "child"}
+    if len(groups) == 1 and (group := groups.pop()) is not None:
+        return min(unfinished, max(1, group.need - (group.size - unfinished)))
     return min(1, unfinished)

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -18,6 +19,17 @@ Kind = Literal["child", "timer", "answer", "lock", "order"]
 PARKABLE: Final = frozenset(("child", "timer", "answer"))
 """What a task can wait for while it is not in memory."""
 _NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """Branches that do nothing but wait, so that the task need not go on before enough of them can."""
+
+    size: int
+    need: int
+
+
+_TOGETHER: ContextVar[Together | None] = ContextVar("weft_waits_together", default=None)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +49,8 @@ class Wait:
     """Unix seconds at which it ends by itself; None for never."""
     asked: int = 0
     """Of an `answer`: stream sequence of the question's record. What was sent before it is no answer."""
+    together: Together | None = None
+    """The branches it is one of."""
     seen: dict[str, int] = field(default_factory=dict)
     """Of a `child`: number of the last event of each target whose question is known here already."""
 
@@ -81,7 +95,7 @@ class Waits:
         until: float | None = None,
     ) -> Iterator[Wait]:
         """Inside, a branch of the task waits for `need` (0: all) of `targets`, at most until `until`."""
-        wait = Wait(next(_NUMBERS), kind, targets, need, key, until)
+        wait = Wait(next(_NUMBERS), kind, targets, need, key, until, together=_TOGETHER.get())
         self._open[wait.id] = wait
         self._tell(wait, opened=True)
         try:
@@ -89,6 +103,15 @@ class Waits:
         finally:
             del self._open[wait.id]
             self._tell(wait, opened=False)
+
+    @contextmanager
+    def together(self, size: int, need: int) -> Iterator[None]:
+        """Inside, `size` branches are begun that only wait for one child each; with `need` of them the task goes on."""
+        token = _TOGETHER.set(Together(size, need))
+        try:
+            yield
+        finally:
+            _TOGETHER.reset(token)
 
     @contextmanager
     def working(self) -> Iterator[None]:
