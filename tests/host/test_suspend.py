@@ -99,14 +99,14 @@ async def test_a_task_that_waits_for_several_things_goes_on_with_each(
     @parent.skill()
     async def work(task: weft.Task) -> list[str]:
         async def asked() -> str:
-            return await task.step("asked", note, (await task.ask("question")).text)
+            return str(await task.step("asked", note, (await task.ask("question")).text))
 
         async def delegated() -> str:
-            return await task.step("delegated", note, (await task.delegate(child.name, "go")).text)
+            return str(await task.step("delegated", note, (await task.delegate(child.name, "go")).text))
 
         async def slept() -> str:
             await task.sleep(3.0)
-            return await task.step("slept", note, "timer")
+            return str(await task.step("slept", note, "timer"))
 
         return await task.gather(asked(), delegated(), slept())
 

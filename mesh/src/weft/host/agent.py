@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from weft.host.breaker import BREAKER, BreakerPolicy
 from weft.host.chain import HOPS, MOST_HOPS
 from weft.host.retry import RetryPolicy
 from weft.host.signature import Signature
@@ -50,6 +51,10 @@ class Agent:
         suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
             what it waits for has happened.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
+        breaker: when a replica of this agent stops calling another one whose tasks fail; None is never.
+        shed: whether a task is failed at once where even a quick run of its skill, as far as this replica has seen
+            at least 20, would not be done by its deadline.
+        rollback_timeout: seconds for undoing what a task did (`Task.on_rollback`) before it ends without.
         weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
         cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
         max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
@@ -77,6 +82,9 @@ class Agent:
         cancel_grace: float = 10.0,
         weight: float = 1.0,
         cost: float = 0.0,
+        breaker: BreakerPolicy | None = BREAKER,
+        shed: bool = True,
+        rollback_timeout: float = 60.0,
         max_hops: int = HOPS,
         reentrant: bool = False,
         ordering: Literal["context"] | None = None,
@@ -91,6 +99,9 @@ class Agent:
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
+        self.breaker = breaker
+        self.shed = shed
+        self.rollback_timeout = _at_least(0.0, rollback_timeout, f"rollback_timeout of agent {name}")
         self.weight = _at_least(0.0, weight, f"weight of agent {name}")
         self.cost = _at_least(0.0, cost, f"cost of agent {name}")
         self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")

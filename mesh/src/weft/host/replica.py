@@ -23,11 +23,13 @@ from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
 from weft.host import execute, takeover
 from weft.host.agent import Agent
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
+from weft.host.pace import Paces
 from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
 from weft.host.session import OPS, Session
@@ -79,6 +81,8 @@ class Replica:
         """Told of what its tasks wait for."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.circuits = Circuits(agent.breaker)
+        self.paces = Paces()
         self.parking = Parking(self)
         self.observers.append(self.parking)
         self.queue = Queue(self)
@@ -412,6 +416,7 @@ class Replica:
             settle=self.settle,
             threads=self.threads,
             session=self.session,
+            circuits=self.circuits,
             waits=Waits(work.task_id, observers=self.observers),
         )
         report.append(run.failed_write)
