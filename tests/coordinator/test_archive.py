@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import uuid
 from dataclasses import replace
@@ -65,7 +66,22 @@ async def everything(stage: Stage, *sent: Sent) -> list[object]:
     requests = [pb.SubscribeToTaskRequest(id=one.task) for one in sent]
     pages = [(await stage.rpc("local", "SubscribeToTask", request)).data for request in requests]
     trees = [await coordinator.call(await stage.broker("operator"), "tree", {"task": one.task}) for one in sent]
-    return [*read, *pages, *trees]
+    return [*read, *pages, *trees, *[await messages(stage, one) for one in sent]]
+
+
+async def messages(stage: Stage, sent: Sent) -> list[tuple[str, bytes, bytes]]:
+    """Everything stored about a task, as the operator is told: what tracing and replaying need."""
+    found: list[tuple[str, bytes, bytes]] = []
+    body: dict[str, Any] = {"task": sent.task}
+    while True:
+        told = await coordinator.call(await stage.broker("operator"), "messages", body)
+        found += [
+            (one["subject"], base64.b64decode(one["headers"]), base64.b64decode(one["data"] or ""))
+            for one in told["messages"]
+        ]
+        if not told["more"]:
+            return found
+        body["after"] = told["messages"][-1]["seq"]
 
 
 async def finished(stage: Stage) -> list[Sent]:
@@ -103,6 +119,8 @@ async def test_a_task_reads_the_same_after_it_has_left_the_stream(fresh_stage: S
     running = await stage.coordinator(BASE)
     sent = await finished(stage)
     before, dead = await everything(stage, *sent), await letters(stage)
+    kinds = [subject.split(".")[1] for subject, _, _ in await messages(stage, sent[1])]
+    assert kinds == ["task", "claim", "step", "step", "event", "input", "event", "event", "event"]
     policy(running, AT_ONCE)
     await eventually(lambda: left(stage, *sent))
     assert await stored(stage) == {}
