@@ -247,8 +247,10 @@ async def test_what_could_not_be_stored_is_stored_later(
     monkeypatch.setattr(store, "write", failing)
     sent = await stage.done("agent-0")
     await eventually(lambda: running.coordinator.projection.index.find("agent-0", sent.task, caller="local"))
-    assert (await stage.get(sent)).status.state == pb.TASK_STATE_COMPLETED
+    refused = await stage.refused("local", "ListTasks", pb.ListTasksRequest())
+    assert "the disk is full" in refused.message
     broken = False
+    assert (await stage.get(sent)).status.state == pb.TASK_STATE_COMPLETED
     assert [one.id for one in (await stage.list("local")).tasks] == [sent.task]
     await stage.stop(running)
     assert consistent(tmp_path / "1.db")[1] == 1

@@ -17,6 +17,8 @@ from weft_coordinator.service.settings import Settings
 from weft_protocols.errors import WeftError
 
 IDENTITY = "coordinator"
+SWITCH = 0.001
+"""Seconds after which a thread that is busy lets another one run: those that read and write the file wait for it."""
 
 
 async def serve(connection: ConnectionSettings, settings: Settings) -> None:
@@ -40,6 +42,7 @@ async def serve(connection: ConnectionSettings, settings: Settings) -> None:
 def main() -> int:
     """Run; the exit code."""
     process.log_to_stderr()
+    sys.setswitchinterval(SWITCH)
     try:
         connection = load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY)
         with asyncio.Runner(loop_factory=process.loop_factory()) as runner:

@@ -95,12 +95,12 @@ class Coordinator:
         self._reader = StreamReader(broker)
         self._file = StateFile.take(self.settings.state or self.local.state)
         self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
-        self._copies = Copies(broker, self.projection.store)
+        self.copies = Copies(broker, self.projection.store)
         self.tail = Tail(
             broker,
             self._reader,
             self.projection,
-            self._copies,
+            self.copies,
             dead_letter=self._on_dead_letter,
             idle=self.settings.poll,
         )
@@ -118,17 +118,17 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._archive = Archive(
+        self.archive = Archive(
             broker,
             self.projection,
             self.tail,
-            self._copies,
+            self.copies,
             retention=self._retention,
             leading=lambda: self.leader.leading,
             grace=self.settings.grace,
             every=self.settings.archive_every,
         )
-        self._operations.projection = self._archive.facts
+        self._operations.projection = self.archive.facts
         self._parked, schedules = ParkedTasks(), Schedules()
         locks, deadlocks = Locks(), Deadlocks()
         ledgers = Ledgers((Terms(), self._parked, schedules, locks, deadlocks))
@@ -143,7 +143,7 @@ class Coordinator:
         self._parts: tuple[Part, ...] = (
             self._operations,
             Routes(self._store, self._operations.presence, clock=_now, random=random.random),
-            self._archive,
+            self.archive,
             Trees(self.projection, self.tail),
             waking,
             Turning(broker, index=self._index, tail=self.tail, clock=_now),
@@ -188,7 +188,7 @@ class Coordinator:
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
         await self.projection.open()
-        await self._copies.open()
+        await self.copies.open()
         await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -228,7 +228,7 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
-        await self._copies.close()
+        await self.copies.close()
         await self._reader.close()
         await self.projection.store.close()
         self._file.release()
@@ -278,7 +278,7 @@ class Coordinator:
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
-                self._archive.beat()
+                self.archive.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
