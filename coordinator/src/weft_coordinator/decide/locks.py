@@ -37,8 +37,10 @@ The rules:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import Any, Final
 
 from weft_coordinator.decide.ledger import Event
@@ -146,20 +148,46 @@ class Locks:
         """How often a task gave way in a deadlock."""
         return self._victims.get(task, 0)
 
-    def before(self, request: Request) -> list[tuple[str, str | Request]]:
+    def before(self, request: Request) -> list[str | Request]:
         """What a waiting request waits for: all of it must end or let go.
 
         A task holds the name in the way of the request, or is before it in the queue; a request is before it, and has
         to be granted first. Only the nearest ones of a queue are told: those before them are theirs.
         """
-        found: list[tuple[str, str | Request]] = []
+        found: list[str | Request] = []
         for name in request.names:
-            lock = self._names[name]
-            found += [(name, r.task) for r in lock.holders if _in_the_way(r, request, lock)]
-            if not (request.chain and _covered(request, lock)):
-                for r in _nearest(lock, request):
-                    found.append((name, r))
-                    found.append((name, r.task))
+            found += self._before(request, self._names[name])
+        return found
+
+    def named(self, request: Request) -> list[tuple[str, str | Request]]:
+        """The same, each with the name of the lock."""
+        return [(name, node) for name in request.names for node in self._before(request, self._names[name])]
+
+    def behind(self, task: str) -> Iterator[str]:
+        """Tasks that wait for what a task holds, or behind it in a queue: at least all for which `before` tells it."""
+        for request in self._tasks.get(task, ()):
+            for name in request.names:
+                lock = self._names[name]
+                if not lock.waiting:
+                    continue
+                number = -1 if request.state == HELD else request.number
+                for queue in (lock.exclusive, lock.shared if request.exclusive else None):
+                    for r in queue or ():
+                        if r.number > number and r.state == WAITING:
+                            yield r.task
+
+    def _before(self, request: Request, lock: _Name) -> list[str | Request]:
+        if request.chain:
+            found: list[str | Request] = [r.task for r in lock.holders if _in_the_way(r, request, lock)]
+            if _covered(request, lock):
+                return found
+        elif request.exclusive or lock.writers:
+            found = [r.task for r in lock.holders]
+        else:
+            found = []
+        if lock.waiting > 1:
+            for r in _nearest(lock, request):
+                found += (r, r.task)
         return found
 
     # Deciding ----------------------------------------------------------------------------------
@@ -555,8 +583,7 @@ class Locks:
             self._hold(request)
 
 
-def _number(request: Request) -> int:
-    return request.number
+_number = attrgetter("number")
 
 
 def _row(row: list[Any]) -> int:
@@ -587,21 +614,25 @@ def _queue(lock: _Name) -> list[Request]:
     return waiting
 
 
-def _nearest(lock: _Name, request: Request) -> Iterator[Request]:
+def _nearest(lock: _Name, request: Request) -> list[Request]:
     """Requests before this one in the queue that exclude it, back to the nearest exclusive one."""
-    writer: Request | None = None
-    for r in reversed(lock.exclusive or ()):
-        if r.number < request.number and r.state == WAITING:
-            writer = r
-            break
-    if request.exclusive:
-        for r in reversed(lock.shared or ()):
-            if writer is not None and r.number < writer.number:
+    found: list[Request] = []
+    since = -1
+    queue = lock.exclusive
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+                since = queue[i].number
                 break
-            if r.number < request.number and r.state == WAITING:
-                yield r
-    if writer is not None:
-        yield writer
+    queue = lock.shared if request.exclusive else None
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].number < since:
+                break
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+    return found
 
 
 def _upgrade(task: str, name: str) -> str:
