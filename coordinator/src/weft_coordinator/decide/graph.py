@@ -55,8 +55,6 @@ CAP: Final = 20_000
 """Nodes one check visits at most; what it leaves is found by `sweep`."""
 
 
-FORWARD: Final = 16
-"""Nodes a check walks before it also looks who waits for its task."""
 _LOCKS: Final = (LOCK,)
 
 
@@ -220,12 +218,10 @@ class WaitGraph:
         path = _path(task, last, came)
         if all(self._strict(node) for node in path):
             return self._core(path, _tasks(path))
-        order, came = _start(task)
-        self._walk(order, came, cap=cap)
-        if len(order) > cap:
+        stuck = self._reduce([task], cap=cap)
+        if stuck is None:
             self.unchecked.add(task)
             return None
-        stuck = self._reduce(order)
         if task not in stuck:
             return None
         order, came = _start(task)
@@ -235,9 +231,7 @@ class WaitGraph:
     def sweep(self) -> list[Core]:
         """Every deadlock there is, by reducing the whole graph: circles that share no task, and all that is stuck."""
         self.unchecked.clear()
-        order: list[Node] = list(self._waits)
-        self._walk(order, {node: node for node in order}, cap=1 << 62)
-        stuck = self._reduce(order)
+        stuck = self._reduce(list(self._waits), cap=1 << 62) or set()
         tasks = _tasks(stuck)
         ahead: dict[Node, Node] = {}
         rounds: dict[Node, int] = {}
@@ -261,33 +255,30 @@ class WaitGraph:
     def _leads_back(self, task: str, cap: int) -> bool | None:
         """Whether a circle through the task is possible; None at the cap.
 
-        It walks forward from the task and, if that takes long, in turn to those who wait for it: what a task waits for
-        may be a large tree while few wait for it, or the other way round. Over is it when either side has no more.
+        It walks in turn to those who wait for the task and to what it waits for. One side may be a large tree or a long
+        queue where the other has a node or two; over is it when either has no more.
         """
-        waits = self._waits
+        waits, awaited, behind = self._waits, self._awaited, self._locks.behind
         ahead: list[Node] = [task]
-        behind = [task]
         seen: set[Node] = {task}
         back = {task}
-        turn = 0
-        for n, node in enumerate(ahead):  # grows
-            for target in self._targets(node):
+        for n, waited in enumerate(backward := [task]):  # both grow
+            for waiter in chain(awaited.get(waited, ()), behind(waited)):
+                if waiter in seen:
+                    return True
+                if waiter not in back:
+                    back.add(waiter)
+                    backward.append(waiter)
+            if n + 1 == len(backward):
+                return False
+            for target in self._targets(ahead[n]):
                 if target in back:
                     return True
                 if target not in seen and (target in waits or not isinstance(target, str)):
                     seen.add(target)
                     ahead.append(target)
-            if n < FORWARD:
-                continue
-            if turn == len(behind):
+            if n + 1 == len(ahead):
                 return False
-            for waiter in chain(self._awaited.get(behind[turn], ()), self._locks.behind(behind[turn])):
-                if waiter in seen:
-                    return True
-                if waiter not in back:
-                    back.add(waiter)
-                    behind.append(waiter)
-            turn += 1
             if n > cap:
                 return None
         return False
@@ -311,11 +302,11 @@ class WaitGraph:
         order: list[Node],
         came: dict[Node, Node],
         *,
-        goal: str | None = None,
+        goal: str,
         within: Container[Node] | None = None,
         cap: int,
     ) -> Node | None:
-        """Visit what can be reached and waits, nearest first, until a node waits for the goal: that one, else None.
+        """Visit what can be reached, nearest first, until a node waits for the goal: that one; None if none does.
 
         `order` grows by what is visited, `came` says from where. It stops with more than `cap` nodes in `order`.
         """
@@ -333,31 +324,39 @@ class WaitGraph:
                 return None
         return None
 
-    def _reduce(self, order: list[Node]) -> set[Node]:
-        """The stuck ones among nodes beyond which nothing waits."""
+    def _reduce(self, order: list[Node], *, cap: int) -> set[Node] | None:
+        """The stuck ones among some nodes and all they wait for; None at the cap."""
+        waits = self._waits
         stuck = set(order)
         owners: list[Node] = []
         left: list[int] = []
         awaited: dict[Node, list[int]] = {}
         free: list[Node] = []
-        for node in order:
+        for node in order:  # grows
+            if len(order) > cap:
+                return None
             for need, targets in self._needs(node):
-                inside = [target for target in targets if target in stuck]
-                need -= len(targets) - len(inside)
+                number = len(left)
+                for target in targets:
+                    if target not in stuck:
+                        if target not in waits and isinstance(target, str):
+                            need -= 1
+                            continue
+                        stuck.add(target)
+                        order.append(target)
+                    awaited.setdefault(target, []).append(number)
+                owners.append(node)
+                left.append(need)
                 if need <= 0:
                     free.append(node)
                     break
-                for target in inside:
-                    awaited.setdefault(target, []).append(len(left))
-                owners.append(node)
-                left.append(need)
         stuck.difference_update(free)
         for node in free:  # grows
-            for i in awaited.get(node, ()):
-                left[i] -= 1
-                if not left[i] and owners[i] in stuck:
-                    stuck.discard(owners[i])
-                    free.append(owners[i])
+            for number in awaited.get(node, ()):
+                left[number] -= 1
+                if not left[number] and owners[number] in stuck:
+                    stuck.discard(owners[number])
+                    free.append(owners[number])
         return stuck
 
     def _needs(self, node: Node) -> list[tuple[int, Sequence[Node]]]:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 from a2a.types import a2a_pb2 as pb
 
@@ -92,6 +92,22 @@ class Watermark:
         return self.tasks >= other.tasks and self.events >= other.events
 
 
+class Follower(Protocol):
+    """Is told of every change of a task as it is folded."""
+
+    def created(self, entry: Entry, seq: int) -> None:
+        """The creating message of a task, with sequence `seq`, was read. Its events may have been read before."""
+        ...
+
+    def moved(self, entry: Entry) -> None:
+        """A task came into another state, or into the same one anew."""
+        ...
+
+    def cleared(self) -> None:
+        """Everything is forgotten, and read anew."""
+        ...
+
+
 class TaskIndex:
     """All tasks, by caller, agent and id.
 
@@ -101,6 +117,7 @@ class TaskIndex:
 
     def __init__(self, keep_detail: int = 10_000) -> None:
         self._keep_detail = keep_detail
+        self.followers: list[Follower] = []
         self.clear()
 
     def clear(self) -> None:
@@ -113,6 +130,8 @@ class TaskIndex:
         self.watermark = Watermark()
         self.skipped = 0
         """Messages left out because they were malformed or forged."""
+        for follower in self.followers:
+            follower.cleared()
 
     def __len__(self) -> int:
         return self.states.total()
@@ -164,6 +183,8 @@ class TaskIndex:
         entry.context = sys.intern(message.context_id or task)
         if not entry.status:
             entry.time, entry.seq = at, seq
+        for follower in self.followers:
+            follower.created(entry, seq)
 
     def happened(self, subject: str, seq: int, *, time: str, headers: bytes | None, data: bytes) -> Entry | None:
         """Take an event as it is stored. The task, if this event is its dead letter."""
@@ -215,6 +236,8 @@ class TaskIndex:
             detail.attempts = max(detail.attempts, int(attempt))
             detail.replica = (h.get(headers, b"Weft-Replica") or b"").decode("utf-8", "replace")
         self._enter(entry, state, seq, n=event.n, at=_told_at(entry, event, time))
+        for follower in self.followers:
+            follower.moved(entry)
         if not entry.ended:
             return None
         self._finished.append(entry)

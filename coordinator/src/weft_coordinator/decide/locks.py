@@ -37,9 +37,10 @@ The rules:
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from operator import attrgetter
 from typing import Any, Final
 
@@ -139,10 +140,14 @@ class Locks:
 
     def ahead(self, request: Request) -> int:
         """How many requests wait before this one, where most do."""
-        return max(
-            (sum(r.number < request.number for r in self.view(name)[1]) for name in request.names),
-            default=0,
-        )
+        before = 0
+        for name in request.names:
+            lock = self._names.get(name)
+            if lock is not None and request.state == WAITING and not _later(lock, request.number):
+                before = max(before, lock.waiting - 1)
+            elif lock is not None:
+                before = max(before, sum(r.number < request.number for r in _queue(lock)))
+        return before
 
     def victims(self, task: str) -> int:
         """How often a task gave way in a deadlock."""
@@ -172,9 +177,10 @@ class Locks:
                     continue
                 number = -1 if request.state == HELD else request.number
                 for queue in (lock.exclusive, lock.shared if request.exclusive else None):
-                    for r in queue or ():
-                        if r.number > number and r.state == WAITING:
-                            yield r.task
+                    if queue and queue[-1].number > number:
+                        for r in islice(queue, bisect_right(queue, number, key=_number), None):
+                            if r.state == WAITING:
+                                yield r.task
 
     def _before(self, request: Request, lock: _Name) -> list[str | Request]:
         if request.chain:
@@ -612,6 +618,11 @@ def _queue(lock: _Name) -> list[Request]:
     waiting = [r for queue in (lock.exclusive, lock.shared) for r in queue or () if r.state == WAITING]
     waiting.sort(key=_number)
     return waiting
+
+
+def _later(lock: _Name, number: int) -> bool:
+    """Whether somebody may wait who came later."""
+    return any(queue[-1].number > number for queue in (lock.exclusive, lock.shared) if queue)
 
 
 def _nearest(lock: _Name, request: Request) -> list[Request]:

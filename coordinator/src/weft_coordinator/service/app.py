@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import socket
 import time
 import uuid
@@ -17,15 +18,24 @@ from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
+from weft_coordinator.decide.found import Deadlocks
+from weft_coordinator.decide.graph import WaitGraph
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
+from weft_coordinator.decide.locks import Locks
+from weft_coordinator.decide.parked import ParkedTasks
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.due import DuePart
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.routes import Routes
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
@@ -86,10 +96,20 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        locks, deadlocks, parked = Locks(), Deadlocks(), ParkedTasks()
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked, locks, deadlocks)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+        )
+        waking = Waking(
+            broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
+        )  # fmt: skip
+        self._parts: tuple[Part, ...] = (
+            self._operations,
+            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
+            waking,
+            DuePart(broker, {TIMER: waking.due}),
+            *self._lock_parts(locks, deadlocks, parked),
         )
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
@@ -101,6 +121,20 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
+
+    def _lock_parts(self, locks: Locks, deadlocks: Deadlocks, parked: ParkedTasks) -> tuple[Part, ...]:
+        shared = Shared(
+            leader=self.leader,
+            locks=locks,
+            index=self._index,
+            tail=self._tail,
+            speaker=Speaker(self._broker.send),
+            clock=time.monotonic,
+        )
+        detector = Detector(shared, WaitGraph(locks), found=deadlocks, parked=parked, policy=self.settings.victim)
+        part = LockPart(shared, detector)
+        self._index.followers.append(part)
+        return detector, part
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.

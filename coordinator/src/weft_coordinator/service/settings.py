@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
+from weft_coordinator.decide.graph import Policy
 from weft_protocols.errors import InvalidConfig
 
 
@@ -30,13 +32,19 @@ class Settings:
     """Seconds until one of the coordinator's own operations is answered; a change of accounts reloads the broker."""
     drain: float = 5.0
     """Seconds requests under way have when the process is told to stop."""
+    victim: Policy = "youngest"
+    """Which task of a deadlock gives way: `youngest`, `least-work` or `priority`. `WEFT_COORDINATOR_VICTIM`."""
 
     @staticmethod
     def load(environment: Mapping[str, str] = os.environ) -> Settings:
-        """The defaults, changed by the environment. Raises InvalidConfig for a value that is no number."""
+        """The defaults, changed by the environment. Raises InvalidConfig for a value that is none."""
+        settings = Settings()
         text = environment.get("WEFT_COORDINATOR_FINISHED", "")
-        if not text:
-            return Settings()
-        if not text.isdigit() or int(text) > 10**9:
+        if text and (not text.isdigit() or int(text) > 10**9):
             raise InvalidConfig(f"WEFT_COORDINATOR_FINISHED is {text!r}; it must be a number of tasks")
-        return Settings(finished_tasks=int(text))
+        if text:
+            settings = replace(settings, finished_tasks=int(text))
+        named = environment.get("WEFT_COORDINATOR_VICTIM", "")
+        if named and named not in get_args(Policy):
+            raise InvalidConfig(f"WEFT_COORDINATOR_VICTIM is {named!r}; use one of {', '.join(get_args(Policy))}")
+        return replace(settings, victim=cast(Policy, named)) if named else settings

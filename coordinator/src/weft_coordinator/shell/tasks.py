@@ -162,9 +162,9 @@ def _raws(stored: Iterable[Stored]) -> list[RawEvent]:
 
 
 def _said(stored: Stored) -> Said | None:
-    """A message of the caller's; None for a cancel and for what cannot be read."""
+    """A message of the caller's; None for a cancel, a wake and what cannot be read."""
     values = h.parse(stored.headers)
-    if values.get("a2a-method") == "CancelTask":
+    if values.get("a2a-method") in ("CancelTask", h.WAKE):
         return None
     try:
         request = a2a.decode(pb.SendMessageRequest, stored.data, values.get("content-type", h.PROTOBUF))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weft.core.broker import Broker
 from weft.host.agent import Agent
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
+from weft.host.waits import Observer
 from weft_protocols.records import Claim
+
+if TYPE_CHECKING:
+    from weft.host.session import Session
 
 
 @dataclass(slots=True)
@@ -50,6 +54,16 @@ class Owner(Protocol):
     @property
     def live(self) -> dict[str, Run]:
         """Tasks it owns now, by id."""
+        ...
+
+    @property
+    def session(self) -> Session:
+        """Its locks and waits."""
+        ...
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Who is told of what its tasks wait for."""
         ...
 
     @property

@@ -28,9 +28,12 @@ from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
+from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
+from weft.host.session import Session
 from weft.host.slots import SlotHold, Slots
 from weft.host.threads import Threads
+from weft.host.waits import Observer, Waits
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Conflict, Fenced, WeftError
@@ -71,8 +74,14 @@ class Replica:
         """It takes no more work."""
         self.leaving = False
         """Its time to finish what runs is over: everything is handed back."""
+        self.observers: list[Observer] = []
+        """Told of what its tasks wait for."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.parking = Parking(self)
+        self.observers.append(self.parking)
+        self.session = Session(self)
+        self.observers.append(self.session)
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
@@ -152,6 +161,7 @@ class Replica:
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
+        self.parking.close()
         for run in list(self.live.values()):
             run.interrupt(Stop.BROKEN, "the replica was closed")
         try:
@@ -374,6 +384,8 @@ class Replica:
             slot=slot,
             settle=self.settle,
             threads=self.threads,
+            session=self.session,
+            waits=Waits(work.task_id, observers=self.observers),
         )
         report.append(run.failed_write)
         run.deliveries.append(delivery)
@@ -385,6 +397,8 @@ class Replica:
         """Stop owning a task; what was delivered for it and is not settled comes again."""
         if self.live.get(run.task_id) is run:
             del self.live[run.task_id]
+            self.parking.forget(run.task_id)
+        self.session.end(run)
         for ack in run.deliveries:
             if ack in self._held:
                 self.again(ack, 0.2)
