@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.watchconf import AlertTarget, WatchConfig, read_alerts, read_watchdog
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -179,6 +180,8 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    watchdog: WatchConfig = field(default_factory=WatchConfig)
+    alerts: tuple[AlertTarget, ...] = ()
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -214,7 +217,8 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        fields = self.mapping(root, "", ("name", "broker", "agents", "callers", "gateway")) if root is not None else {}
+        known = ("name", "broker", "agents", "callers", "gateway", "watchdog", "alerts")
+        fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
@@ -225,6 +229,8 @@ class _Reader(YamlReader):
             agents=agents,
             callers=self._callers(fields.get("callers"), agents),
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
+            watchdog=read_watchdog(self, fields.get("watchdog")),
+            alerts=read_alerts(self, fields.get("alerts"), folder=folder),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:
