@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import cached_property
 from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
@@ -17,12 +18,16 @@ from weft.core.cardkeys import card_key
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.gate import Gate
-from weft_coordinator.service.operations import Operations
+from weft_coordinator.service.operations import Operations, parsed
+from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.shell.decided import DecidedLog
+from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.registry import RegistryStore
@@ -30,7 +35,15 @@ from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
 from weft_protocols import headers as h
-from weft_protocols.errors import A2AError, BrokerError, InternalError, InvalidConfig, Unavailable, WeftError
+from weft_protocols.errors import (
+    A2AError,
+    BrokerError,
+    InternalError,
+    InvalidConfig,
+    MethodNotFound,
+    Unavailable,
+    WeftError,
+)
 from weft_protocols.resources import topology
 from weft_protocols.subjects import GRAMMAR
 
@@ -73,6 +86,12 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
+        self._parts: tuple[Part, ...] = (self._operations,)
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        self.leader = Leader(
+            broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+        )
+        self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
         self._requests = Tasks(f"requests of coordinator {self.id}")
@@ -106,6 +125,7 @@ class Coordinator:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
+        await self.leader.start()
         await self._broker.flush()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -120,7 +140,10 @@ class Coordinator:
             raise self._broker.failure or Unavailable("the connection to the broker was closed")
 
     async def aclose(self) -> None:
-        """Take no more requests and finish those under way, within the settings' `drain` seconds."""
+        """Take no more requests and finish those under way, within the settings' `drain` seconds; lead no more."""
+        await self.leader.stop()
+        for part in self._parts:
+            await part.aclose()
         for subscription in self._subscriptions:
             await subscription.close()
         try:
@@ -130,6 +153,20 @@ class Coordinator:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
         await self._reader.close()
+
+    @cached_property
+    def _leader_operations(self) -> dict[str, Handler]:
+        return {name: handler for part in self._parts for name, handler in part.leader_operations.items()}
+
+    @cached_property
+    def _lean_operations(self) -> dict[str, LeanHandler]:
+        return {name: handler for part in self._parts for name, handler in part.lean_operations.items()}
+
+    @cached_property
+    def _handlers(self) -> dict[str, Handler]:
+        """What is answered in a task of its own, by whomever."""
+        everybody = {name: handler for part in self._parts for name, handler in part.operations.items()}
+        return {**everybody, **self._leader_operations}
 
     # Following ---------------------------------------------------------------------------------
 
@@ -150,8 +187,38 @@ class Coordinator:
                     self._doubtful = False
                 await self._tail.sync()
                 await self._store.sync()
+                if not self.leader.leading:
+                    await self._decided.sync()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
+            await self._tick()
+
+    async def _tick(self) -> None:
+        """Let every part do what the leader does from time to time. One that fails does not keep the others from it."""
+        for part in self._parts if self.leader.leading else ():
+            try:
+                await part.tick(_now())
+            except WeftError as error:
+                log.warning("%s: %s; trying again", type(part).__name__, error)
+            except Exception:
+                log.exception("%s failed; trying again", type(part).__name__)
+
+    async def _on_lead(self) -> None:
+        """This coordinator begins to lead: it alone answers what only the leader may."""
+        for part in self._parts:
+            await part.lead()
+        coord = GRAMMAR["coord"]
+        for operation in (*self._leader_operations, *self._lean_operations):
+            subject = coord.pattern(operation=operation)
+            self._leading.append(await self._broker.subscribe(subject, self._on_leader_operation))
+
+    def _on_deposed(self) -> None:
+        """Another coordinator leads, or will."""
+        subscriptions, self._leading = self._leading, []
+        for subscription in subscriptions:
+            self._requests.start(subscription.close())
+        for part in self._parts:
+            part.deposed()
 
     async def _settle(self) -> None:
         """Streams and consumers exist, and the registry is read; it names the agents of a mesh elsewhere."""
@@ -165,6 +232,8 @@ class Coordinator:
         """The server may have lost its last writes, or its streams."""
         self._tail.doubt()
         self._store.doubt()
+        if not self.leader.leading:
+            self._decided.doubt()
         self._doubtful = True
         self._again.set()
 
@@ -200,6 +269,10 @@ class Coordinator:
             "answered": self._answered,
             "busy": self._gate.busy,
             "drift": [str(one) for one in self.drift],
+            "role": "leader" if self.leader.leading else "standby",
+            "leader": self.leader.term.leader,
+            "epoch": self.leader.epoch,
+            "decided": self._decided.number,
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -215,8 +288,31 @@ class Coordinator:
         self._requests.start(self._micro.answer(message), name=message.subject)
 
     def _on_operation(self, message: Delivered) -> None:
-        if message.subject.split(".")[2] not in EVERYWHERE:
+        operation = message.subject.split(".")[2]
+        if operation in EVERYWHERE:
+            return
+        if operation in self._leader_operations or operation in self._lean_operations:
+            # The leader hears it as well; where there is none, somebody should say so.
+            if not self.leader.leading and not self.leader.term.leader:
+                self._reply(message, *_json_error(Unavailable("no coordinator leads right now; try again")))
+            return
+        self._on_everywhere(message)
+
+    def _on_leader_operation(self, message: Delivered) -> None:
+        _, _, operation, caller = message.subject.split(".")
+        lean = self._lean_operations.get(operation)
+        if lean is None:
             self._on_everywhere(message)
+            return
+
+        def answer(told: dict[str, Any] | WeftError) -> None:
+            shown = _json_error(told) if isinstance(told, WeftError) else (json.dumps(told).encode(), {})
+            self._reply(message, *shown)
+
+        try:
+            lean(parsed(message.data), caller, answer)
+        except WeftError as error:
+            answer(error)
 
     def _on_everywhere(self, message: Delivered) -> None:
         self._requests.start(self._operate(message), name=message.subject)
@@ -236,7 +332,11 @@ class Coordinator:
         _, _, operation, caller = message.subject.split(".")
 
         async def work() -> tuple[bytes, dict[str, str]]:
-            return json.dumps(await self._operations.answer(operation, caller, message.data)).encode(), {}
+            handler = self._handlers.get(operation)
+            if handler is None:
+                known = (*self._handlers, *self._lean_operations)
+                raise MethodNotFound(f"there is no operation {operation}; there are {', '.join(known)}")
+            return json.dumps(await handler(parsed(message.data), caller)).encode(), {}
 
         data, headers = await self._outcome(caller, work, _json_error, deadline=self.settings.change_deadline)
         self._reply(message, data, headers)

@@ -14,19 +14,19 @@ from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.presence import Heartbeat, Presence
 from weft_coordinator.decide.registry import AgentRecord, Fields
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.part import Body, Handler, Part
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import cards, subjects
-from weft_protocols.errors import InvalidParams, MethodNotFound, ParseError, PermissionDenied
+from weft_protocols.errors import InvalidParams, ParseError, PermissionDenied
 from weft_protocols.states import State
 
 MAX_LETTERS: Final = 1000
 """Dead letters of one answer."""
-Body = Mapping[str, Any]
 
 
-class Operations:
+class Operations(Part):
     """Registry, presence, accounts, status.
 
     Args:
@@ -59,7 +59,7 @@ class Operations:
         self._facts = facts
         self._clock = clock
         self.presence = Presence(clock())
-        self._operations: dict[str, Callable[[Body, str], Awaitable[dict[str, Any]]]] = {
+        self._operations: dict[str, Handler] = {
             "register": self._register,
             "heartbeat": self._heartbeat,
             "leave": self._leave,
@@ -72,12 +72,10 @@ class Operations:
             "agent-revoke": self._agent_revoke,
         }
 
-    async def answer(self, operation: str, caller: str, data: bytes) -> dict[str, Any]:
-        """The answer to a request. Raises the error to answer with instead."""
-        act = self._operations.get(operation)
-        if act is None:
-            raise MethodNotFound(f"there is no operation {operation}; there are {', '.join(self._operations)}")
-        return await act(_body(data), caller)
+    @property
+    def operations(self) -> Mapping[str, Handler]:
+        """By name."""
+        return self._operations
 
     # Replicas ----------------------------------------------------------------------------------
 
@@ -247,7 +245,7 @@ class Operations:
         return {"name": name, "kind": kind}
 
 
-def _body(data: bytes) -> Body:
+def parsed(data: bytes) -> Body:
     """The request's JSON object; nothing at all counts as an empty one."""
     try:
         body = json.loads(data) if data else {}
