@@ -108,6 +108,9 @@ class TaskIndex:
         self._tasks: dict[str, dict[str, dict[str, Entry]]] = {}
         self._finished: deque[Entry] = deque()
         self._dead: dict[Entry, None] = {}
+        self._open: dict[Entry, None] = {}
+        self.retries: Counter[str] = Counter()
+        """Attempts after the first, by agent."""
         self.states: Counter[int] = Counter()
         """Number of tasks by state."""
         self.watermark = Watermark()
@@ -140,6 +143,11 @@ class TaskIndex:
     def dead(self) -> Collection[Entry]:
         """Tasks with a dead letter, the first one first."""
         return self._dead.keys()
+
+    @property
+    def open(self) -> Collection[Entry]:
+        """Tasks that have not ended."""
+        return self._open.keys()
 
     # Folding -----------------------------------------------------------------------------------
 
@@ -212,11 +220,14 @@ class TaskIndex:
             detail.snapshot = seq
         attempt = h.get(headers, b"Weft-Attempt")
         if attempt is not None and attempt.isdigit():
+            if int(attempt) > max(1, detail.attempts):
+                self.retries[entry.agent] += 1
             detail.attempts = max(detail.attempts, int(attempt))
             detail.replica = (h.get(headers, b"Weft-Replica") or b"").decode("utf-8", "replace")
         self._enter(entry, state, seq, n=event.n, at=_told_at(entry, event, time))
         if not entry.ended:
             return None
+        self._open.pop(entry, None)
         self._finished.append(entry)
         if len(self._finished) > self._keep_detail:
             self._finished.popleft().detail = None
@@ -240,6 +251,7 @@ class TaskIndex:
         entry = tasks.get(task)
         if entry is None:
             entry = tasks[task] = Entry(sys.intern(agent), sys.intern(caller), task)
+            self._open[entry] = None
             self._count(entry.state, 1)
         return entry
 

@@ -13,6 +13,7 @@ from weft_coordinator.decide import pinning, registry
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.presence import Heartbeat, Presence
 from weft_coordinator.decide.registry import AgentRecord, Fields
+from weft_coordinator.decide.watchdog import Stall
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.part import Body, Handler, Part
 from weft_coordinator.shell.mesh import LocalMesh
@@ -22,6 +23,8 @@ from weft_protocols import cards, subjects
 from weft_protocols.errors import InvalidParams, ParseError, PermissionDenied
 from weft_protocols.states import State
 
+MAX_STALLED: Final = 100
+"""Tasks without progress of one replica's report."""
 MAX_LETTERS: Final = 1000
 """Dead letters of one answer."""
 
@@ -97,6 +100,7 @@ class Operations(Part):
         return {
             "agent": wanted.agent,
             "replica": wanted.replica.replica,
+            "progress_within": self._local.watch()[0].budget(wanted.agent),
             "card": {"current": current.digest == wanted.shown.digest, "version": current.version},
         }
 
@@ -113,6 +117,7 @@ class Operations(Part):
             fields.number("failed", default=0),
             fields.number("last_progress", default=0),
             self._clock(),
+            _stalled(body.get("stalled")),
         )
         fields.check(f"heartbeat of {caller}")
         if not self._knows(caller, replica):
@@ -254,6 +259,16 @@ def parsed(data: bytes) -> Body:
     if not isinstance(body, dict):
         raise ParseError("the body is not a JSON object")
     return body
+
+
+def _stalled(told: Any) -> tuple[Stall, ...]:
+    """The tasks without progress that a replica reports; what is none is left out."""
+    found = []
+    for one in told[:MAX_STALLED] if isinstance(told, list) else ():
+        match one:
+            case [str(task), int(since), str(what)] if subjects.TASK_ID.match(task):
+                found.append(Stall(task, since, what[:160]))
+    return tuple(found)
 
 
 def _operator_only(caller: str, operation: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -9,7 +10,10 @@ from typing import Final
 from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
-from weft_protocols.errors import InvalidParams, Unavailable, UnsupportedOperation
+from weft.core.watchconf import AlertTarget, WatchConfig
+from weft_protocols.errors import InvalidConfig, InvalidParams, Unavailable, UnsupportedOperation
+
+log = logging.getLogger("weft.coordinator")
 
 KINDS: Final = ("agent", "caller")
 DEFAULT_DURABILITY: Final = "strict"
@@ -44,6 +48,17 @@ class LocalMesh:
         if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
             return -1
         return load_mesh_config(config).broker.max_bytes
+
+    def watch(self) -> tuple[WatchConfig, tuple[AlertTarget, ...]]:
+        """The watchdog's limits and who is told, as `mesh.yaml` sets them; the defaults while it has a mistake."""
+        if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
+            return WatchConfig(), ()
+        try:
+            read = load_mesh_config(config)
+        except InvalidConfig as error:
+            log.warning("mesh.yaml is not read: %s", error)
+            return WatchConfig(), ()
+        return read.watchdog, read.alerts
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

@@ -67,6 +67,8 @@ class Heartbeat:
     failed: int = 0
     last_progress: int = 0
     """Unix milliseconds of the last event, step or result; 0 for none."""
+    stalled: Sequence[tuple[str, int, str]] = ()
+    """Tasks that made no progress in time: task id, unix milliseconds of the last, what it is at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Agent:
         concurrency: tasks one replica works on at a time. Waiting for a child, an answer or a timer does not count.
         attempts: how often a task may be started before it is failed and leaves a dead letter.
         suspend_after: seconds a question may wait before the task leaves memory until it is answered.
+        progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
+            the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
             What it sets wins over what is declared here; where it lists skills, only those are shown.
@@ -64,6 +66,7 @@ class Agent:
         attempts: int = 3,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
+        progress_within: float = 600.0,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class Agent:
         self.concurrency = _at_least(1, concurrency, f"concurrency of agent {name}")
         self.attempts = _at_least(1, attempts, f"attempts of agent {name}")
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
+        self.progress_within = _at_least(0.1, progress_within, f"progress_within of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
         self.card = card
         self.extended_card = extended_card

@@ -11,7 +11,7 @@ from typing import Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import values
+from weft.host import progress, values
 from weft.host.delegation import Delegating
 from weft.host.run import Run
 from weft.host.steps import StepOptions, try_step
@@ -180,7 +180,10 @@ class Task(Delegating, Waiting):
         started = time.monotonic()
         run.busy += 1
         try:
-            result, tries = await try_step(key, fn, args=args, kwargs=kwargs, options=options or StepOptions(), run=run)
+            with progress.step(run, key):
+                result, tries = await try_step(
+                    key, fn, args=args, kwargs=kwargs, options=options or StepOptions(), run=run
+                )
         finally:
             run.rest()
         value = values.encode(result, where=f"step {key!r}")
