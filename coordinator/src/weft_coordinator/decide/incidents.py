@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
+from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.watchdog import SEVERITIES, Finding
-
-Event = tuple[Any, ...]
 
 OPENED: Final = "incident-opened"
 CHANGED: Final = "incident-changed"
