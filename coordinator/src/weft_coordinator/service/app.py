@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -17,22 +17,29 @@ from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
+from weft_coordinator.decide.incidents import Incidents
 from weft_coordinator.decide.index import Entry, TaskIndex
-from weft_coordinator.decide.ledger import Ledgers
+from weft_coordinator.decide.ledger import Event, Ledgers
+from weft_coordinator.decide.letters import Letters
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.letters import DeadLetters
+from weft_coordinator.service.observe import Observer
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.watch import Watchdog
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.letters import LetterReader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.registry import RegistryStore
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
+from weft_coordinator.shell.watch import BrokerLook
 from weft_protocols import a2a
 from weft_protocols import headers as h
 from weft_protocols.errors import (
@@ -79,15 +86,40 @@ class Coordinator:
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
-            reader=tasks,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        letters, incidents = Letters(), Incidents()
+        records = LetterReader(self._reader, tasks)
+        dead = DeadLetters(
+            broker,
+            index=self._index,
+            tail=self._tail,
+            tasks=tasks,
+            reader=records,
+            ledger=letters,
+            decide=self._decide,
+        )
+        observer = Observer(
+            BrokerLook(broker, self._reader),
+            index=self._index,
+            store=self._store,
+            presence=self._operations.presence,
+            letters=(dead, records),
+        )
+        watchdog = Watchdog(
+            observer,
+            local=self.local,
+            ledger=incidents,
+            decide=self._decide,
+            look=self.settings.look,
+            clock=_now,
+        )
+        self._parts: tuple[Part, ...] = (self._operations, dead, watchdog)
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), letters, incidents)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
@@ -153,6 +185,10 @@ class Coordinator:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
         await self._reader.close()
+
+    async def _decide(self, act: Callable[[int], Sequence[Event]]) -> list[int]:
+        """Store a part's decision; for parts, which are made before the leader is."""
+        return await self.leader.decide(act)
 
     @cached_property
     def _leader_operations(self) -> dict[str, Handler]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -238,18 +239,23 @@ class DeadLetters(Part):
         due = loop.time()
         try:
             await self._tail.sync()
-            async for entry in self._chosen(self._job(id_)):
-                due = max(due + 1 / self._job(id_).rate, loop.time() - 1)
-                await asyncio.sleep(max(0.0, due - loop.time()))
-                while (job := self._ledger.job(id_)) is not None and not job.ended and job.left > 0:
-                    if await self._attempt(entry, job):
+            async with aclosing(self._chosen(self._job(id_))) as chosen:
+                async for entry in chosen:
+                    due = max(due + 1 / self._job(id_).rate, loop.time() - 1)
+                    await asyncio.sleep(max(0.0, due - loop.time()))
+                    if not await self._finally(id_, entry):
                         break
-                else:
-                    break
             if (job := self._ledger.job(id_)) is not None and not job.ended:
                 await self._decide(lambda _: [(decided.ENDED, id_, "done")])
         except Unavailable as error:
             log.info("redrive job %d: %s; the next leader goes on", id_, error)
+
+    async def _finally(self, id_: int, entry: Entry) -> bool:
+        """Try a letter until that came to something; False where the job is over."""
+        while (job := self._ledger.job(id_)) is not None and not job.ended and job.left > 0:
+            if await self._attempt(entry, job):
+                return True
+        return False
 
     async def _chosen(self, job: Job) -> AsyncGenerator[Entry, None]:
         """The letters of a job that are still undecided when it is their turn."""

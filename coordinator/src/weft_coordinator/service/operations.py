@@ -18,7 +18,6 @@ from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.part import Body, Handler, Part, operator_only
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.tail import Tail
-from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import cards, subjects
 from weft_protocols.errors import InvalidParams, ParseError, PermissionDenied
 from weft_protocols.states import State
@@ -43,7 +42,6 @@ class Operations(Part):
         *,
         index: TaskIndex,
         tail: Tail,
-        reader: TaskReader,
         cards: CardService,
         local: LocalMesh,
         ensure: Callable[[tuple[str, ...]], Awaitable[object]],
@@ -52,7 +50,6 @@ class Operations(Part):
     ) -> None:
         self._index = index
         self._tail = tail
-        self._reader = reader
         self._store = cards.store
         self._cards = cards
         self._local = local

@@ -18,6 +18,8 @@ class Settings:
     `WEFT_COORDINATOR_FINISHED`."""
     poll: float = 1.0
     """Seconds between looks at the stream when nobody asks."""
+    look: float = 2.0
+    """Seconds between two looks of the watchdog, while this coordinator leads."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048

@@ -49,6 +49,13 @@ class LocalMesh:
             return -1
         return load_mesh_config(config).broker.max_bytes
 
+    def config_mark(self) -> int:
+        """Changes when `mesh.yaml` does; 0 while there is none."""
+        try:
+            return (self.home.root.parent / CONFIG_NAME).stat().st_mtime_ns if self.home is not None else 0
+        except OSError:
+            return 0
+
     def watch(self) -> tuple[WatchConfig, tuple[AlertTarget, ...]]:
         """The watchdog's limits and who is told, as `mesh.yaml` sets them; the defaults while it has a mistake."""
         if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
