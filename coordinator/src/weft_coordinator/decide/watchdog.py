@@ -308,6 +308,7 @@ class History:
         self.limits = limits
         self._pending: dict[str, deque[tuple[int, int]]] = {}
         self._totals: dict[str, int] = {}
+        self._counted = False
         self._retries: dict[str, deque[tuple[int, int]]] = {}
         self._seen: dict[str, dict[str, int]] = {}
         self._crashed: dict[str, dict[str, int]] = {}
@@ -323,12 +324,12 @@ class History:
     def retried(self, totals: Mapping[str, int], now: int) -> None:
         """How many further attempts each agent's tasks have had since the coordinator began to count."""
         for agent, total in totals.items():
-            before = self._totals.get(agent)
-            # A lower number: it began to count anew.
-            new = 0 if before is None or total < before else total - before
+            new = total - self._totals.get(agent, 0)
             self._totals[agent] = total
-            if new:
+            # The first look cannot tell when; a lower number says that it began to count anew.
+            if new > 0 and self._counted:
                 self._retries.setdefault(agent, deque()).append((now, new))
+        self._counted = True
 
     def registered(self, agent: str, replicas: Mapping[str, int], alive: Collection[str], now: int) -> None:
         """An agent's registered replicas with the time they registered, and those that are alive."""

@@ -184,7 +184,7 @@ class DeadLetters(Part):
             told["chain"] = [one.strip() for one in chain.split(",") if one.strip()]
         page = await self._tasks.after(entry, max(0, entry.events - TAIL))
         told["events"] = [{"n": event.n, "state": event.state or "", "text": _text(event.decode())} for event in page]
-        return told
+        return {"letter": told}
 
     # Redriving ---------------------------------------------------------------------------------
 

@@ -48,11 +48,18 @@ class Sender:
 
 
 def _send(name: str, url: str, title: str, body: str, kind: str) -> None:
-    import apprise
-
-    receiver = apprise.Apprise()
     # Never the address in an error: it often holds a secret.
-    if not receiver.add(url):
+    try:
+        import apprise
+
+        receiver = apprise.Apprise()
+        known = receiver.add(url)
+        taken = known and receiver.notify(
+            body=body, title=title, notify_type=apprise.NotifyType(kind), body_format="text"
+        )
+    except Exception as error:  # one of a hundred plugins failed: not taken, so it is tried again
+        raise Unavailable(f"alerts to {name}: sending failed with {type(error).__name__}") from error
+    if not known:
         raise InvalidConfig(f"alerts: {name} does not hold an Apprise address; the list is in Apprise's documentation")
-    if not receiver.notify(body=body, title=title, notify_type=apprise.NotifyType(kind), body_format="text"):
+    if not taken:
         raise Unavailable(f"alerts to {name}: it was not taken; the log above says why")

@@ -137,6 +137,12 @@ class DeadLetterInfo(_Told):
     message: int = 0
     """Stream sequence of the creating message."""
     at: int = 0
+    state: str = "open"
+    """`open`, `redriven` or `discarded`."""
+    redriven_as: str = ""
+    """The task of its last redrive."""
+    redrives: int = 0
+    discarded_because: str = ""
 
 
 @dataclass(frozen=True, slots=True)
