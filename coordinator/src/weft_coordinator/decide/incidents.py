@@ -50,16 +50,15 @@ class Incident:
         """The finding's."""
         return self.finding.severity
 
-    def show(self, *, seen: int = 0) -> dict[str, Any]:
-        """As the coordinator answers; `seen` is when it was last found."""
-        facts = asdict(self.finding)
-        del facts["kind"], facts["about"]
+    def show(self, latest: tuple[Finding, int] | None = None) -> dict[str, Any]:
+        """As the coordinator answers; `latest` is how and when it was last found."""
+        finding, seen = latest if latest is not None and not self.cleared else (self.finding, 0)
+        told = facts(replace(finding, severity=self.severity))
+        del told["kind"], told["about"]
         return {
             "id": self.id,
             "key": self.key,
-            **facts,
-            "agents": list(self.finding.agents),
-            "tasks": list(self.finding.tasks),
+            **told,
             "state": "cleared" if self.cleared else "open",
             "opened": self.opened,
             "last_seen": max(self.recorded, seen),
@@ -155,10 +154,12 @@ class Judge:
         self._since = since
         self._seen: dict[str, int] = {}
         self._as_bad: dict[str, int] = {}
+        self._latest: dict[str, Finding] = {}
 
-    def seen(self, key: str) -> int:
-        """When a finding was last seen, unix milliseconds; 0 if it was not."""
-        return self._seen.get(key, 0)
+    def latest(self, key: str) -> tuple[Finding, int] | None:
+        """A finding as it was last seen, and when: unix milliseconds."""
+        found = self._latest.get(key)
+        return None if found is None else (found, self._seen[key])
 
     def look(self, found: Iterable[Finding], ledger: Incidents, now: int) -> Sequence[Event]:
         """The events that make the ledger agree with what was found at `now`."""
@@ -167,6 +168,7 @@ class Judge:
         for key in sorted(current):
             finding, incident = current[key], ledger.open.get(key)
             self._seen[key] = now
+            self._latest[key] = finding
             if incident is None:
                 self._as_bad[key] = now
                 events.append((OPENED, facts(finding)))
@@ -176,6 +178,7 @@ class Judge:
             if key not in current and now - self._seen.setdefault(key, self._since) >= self._patience:
                 events.append((CLEARED, incident.id))
                 self._seen.pop(key, None)
+                self._latest.pop(key, None)
                 self._as_bad.pop(key, None)
         return events
 

@@ -135,7 +135,7 @@ class Watchdog(Part):
             chosen = [*self._ledger.open.values(), *(self._ledger.cleared if state == "all" else ())]
         chosen.sort(key=lambda incident: -incident.id)
         return {
-            "incidents": [one.show(seen=self._judge.seen(one.key)) for one in chosen[: min(limit, MOST)]],
+            "incidents": [one.show(self._judge.latest(one.key)) for one in chosen[: min(limit, MOST)]],
             "total": len(chosen),
             "open": len(self._ledger.open),
             "watching": self._configured[0].enabled,

@@ -143,6 +143,8 @@ class DeadLetterInfo(_Told):
     """The task of its last redrive."""
     redrives: int = 0
     discarded_because: str = ""
+    time: int = 0
+    """When it was given up."""
 
 
 @dataclass(frozen=True, slots=True)
