@@ -38,6 +38,7 @@ RENEW: Final = 5.0
 """Seconds between two renewals."""
 LOOK: Final = 2.0
 """Seconds between a standby's looks at the lease; it is told of a clean end at once."""
+TTL: Final = "Nats-TTL"
 LED: Final = "led"
 """Kind of the event with which an epoch begins: [led, coordinator]."""
 
@@ -350,7 +351,7 @@ class Leader:
         log.info("leads in epoch %d: %d events were decided before", self._epoch, self._decided.number - 1)
 
     async def _write_lease(self, term: Term, *, seconds: int) -> None:
-        lines = {h.EXPECTED_SEQUENCE: str(self._lease), h.TTL: f"{seconds}s"}
+        lines = {h.EXPECTED_SEQUENCE: str(self._lease), TTL: f"{seconds}s"}
         asked = asyncio.get_running_loop().time()
         self._lease = await self._broker.publish(LEASE, term.encode(), headers=h.block(h.fields(lines)), timeout=4.0)
         self._renewed = asked
