@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -143,6 +143,10 @@ class TaskIndex:
     def dead(self) -> Collection[Entry]:
         """Tasks with a dead letter, the first one first."""
         return self._dead.keys()
+
+    def newest_dead(self) -> Iterator[Entry]:
+        """Tasks with a dead letter, the last one first."""
+        return reversed(self._dead)
 
     @property
     def open(self) -> Collection[Entry]:

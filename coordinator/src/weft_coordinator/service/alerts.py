@@ -119,7 +119,10 @@ class Alerts:
             return
         one.sent += 1
         one.failures, one.problem = 0, ""
-        await self._decide(lambda _: [notice.event(target) for notice in due])
+        try:
+            await self._decide(lambda _: [notice.event(target) for notice in due])
+        except Unavailable as error:
+            log.info("%s was told, which is not recorded, so the next leader tells it again: %s", target, error)
 
 
 def _message(due: Sequence[Notice]) -> tuple[str, str, str]:

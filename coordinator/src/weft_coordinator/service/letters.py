@@ -24,6 +24,7 @@ from weft_protocols import a2a, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import (
     Backpressure,
+    BrokerError,
     Conflict,
     InvalidParams,
     ParseError,
@@ -48,6 +49,8 @@ NAMED: Final = 1000
 """Tasks that one request may name."""
 TAIL: Final = 20
 """Last events that a letter is shown with."""
+SKEW: Final = 600_000
+"""Milliseconds by which the clocks of hosts may differ."""
 AGAIN: Final = 2.0
 """Seconds before a job goes on after the broker took nothing."""
 
@@ -114,8 +117,11 @@ class DeadLetters(Part):
     def undecided(self, since: int) -> dict[str, list[Entry]]:
         """Letters nobody has decided about from `since` (unix milliseconds) on, by agent, the newest first."""
         found: dict[str, list[Entry]] = {}
-        for entry in reversed(list(self._index.dead)):
-            if entry.time // 1_000_000 >= since and self._ledger.state(entry) == "open":
+        for entry in self._index.newest_dead():
+            at = entry.time // 1_000_000
+            if at < since - SKEW:
+                break  # they come in the order in which they were stored, with the times of their hosts
+            if at >= since and self._ledger.state(entry) == "open":
                 found.setdefault(entry.agent, []).append(entry)
         return found
 
@@ -141,8 +147,7 @@ class DeadLetters(Part):
 
     async def _matching(self, wanted: Filter) -> list[Letter]:
         """The letters that fit, the newest first. Records are read where they are needed to tell."""
-        dead = list(self._index.dead)[::-1]
-        fit = [entry for entry in dead if wanted.fits(entry, self._ledger.state(entry))]
+        fit = [entry for entry in self._index.newest_dead() if wanted.fits(entry, self._ledger.state(entry))]
         if not wanted.reason:
             return [Letter(entry, None) for entry in fit]
         return [letter for letter in await self._reader.read(fit) if wanted.says(letter.record)]
@@ -249,6 +254,8 @@ class DeadLetters(Part):
                 await self._decide(lambda _: [(decided.ENDED, id_, "done")])
         except Unavailable as error:
             log.info("redrive job %d: %s; the next leader goes on", id_, error)
+        except BrokerError as error:
+            log.warning("redrive job %d: %s; it goes on soon", id_, error)
 
     async def _finally(self, id_: int, entry: Entry) -> bool:
         """Try a letter until that came to something; False where the job is over."""
@@ -316,8 +323,10 @@ class DeadLetters(Part):
         # `reason` is why they are discarded; the part of a letter's reason to look for is `matching`.
         reason = fields.text("reason", limit=1000)
         names = _names(fields, body)
-        wanted = _filter(Fields({**body, "reason": body.get("matching", "")}))
         fields.check("discard")
+        matching = Fields({**body, "reason": body.get("matching", "")})
+        wanted = _filter(matching)
+        matching.check("discard")
         if names:
             entries = await self._named(names)
         elif _meant(wanted, body):

@@ -15,7 +15,7 @@ from weft_coordinator.service.alerts import Alerts
 from weft_coordinator.service.observe import Observer
 from weft_coordinator.service.part import Body, Decide, Handler, Part, operator_only
 from weft_coordinator.shell.mesh import LocalMesh
-from weft_protocols.errors import InvalidParams
+from weft_protocols.errors import BrokerError, InvalidParams
 
 log = logging.getLogger("weft.coordinator")
 
@@ -100,7 +100,12 @@ class Watchdog(Part):
         limits = self._configured[0]
         if now - self._looked >= self._every and limits.enabled:
             self._looked = now
-            seen = await self._observer.look(now, alerts=self._alerts.problem, already=self._ledger.open.keys())
+            try:
+                seen = await self._observer.look(now, alerts=self._alerts.problem, already=self._ledger.open.keys())
+            except BrokerError:
+                # Nobody was heard of meanwhile: they get the time to say that they are there.
+                self._looked = now + int(limits.silent_after * 1000)
+                raise
             found = findings(seen, limits, now)
             await self._record(self._judge.look(found, self._ledger, now))
         self._alerts.look()
