@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping
 from typing import Final
 
@@ -16,6 +17,8 @@ from weft_coordinator.shell.registry import RegistryStore
 from weft_coordinator.shell.watch import BrokerLook
 from weft_protocols.states import State
 
+TURN: Final = 5000
+"""Tasks looked at in one turn of the loop."""
 REASON: Final = 200
 """Characters of a dead letter's reason in a finding."""
 
@@ -102,7 +105,7 @@ class Observer:
         """Replicas that are silent or registered no more, and still own tasks."""
         records: Mapping[str, AgentRecord] = self._store.records
         owned: dict[tuple[str, str], list[tuple[Entry, int]]] = {}
-        for entry, heard in await self._broker.held(self._suspects(records, now)):
+        for entry, heard in await self._broker.held(await self._suspects(records, now)):
             owned.setdefault((entry.agent, _replica(entry)), []).append((entry, heard))
         found: dict[str, dict[str, ReplicaSeen]] = {}
         for (agent, name), tasks in owned.items():
@@ -114,11 +117,13 @@ class Observer:
                 found.setdefault(agent, {})[name] = ReplicaSeen(name, "gone", silent, (), owns)
         return found
 
-    def _suspects(self, records: Mapping[str, AgentRecord], now: int) -> list[Entry]:
+    async def _suspects(self, records: Mapping[str, AgentRecord], now: int) -> list[Entry]:
         """Tasks in work whose replica does not report."""
         reporting: dict[tuple[str, str], bool] = {}
         found = []
-        for entry in self._index.open:
+        for at, entry in enumerate(list(self._index.open), start=1):
+            if at % TURN == 0:
+                await asyncio.sleep(0)
             if entry.state != State.WORKING or not (name := _replica(entry)):
                 continue
             key = (entry.agent, name)
