@@ -170,3 +170,13 @@ def test_only_critical_incidents_make_a_mesh_unwell() -> None:
     assert (checks["incident 3"].status, checks["incident 4"].status) == (OK, DEGRADED)
     assert checks["incident 4"].next == "mesh incidents show 4"
     assert checks["incident 3"].detail == "warning: a"
+
+
+def test_doctor_says_what_alerts_need(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.write("alerts: [{url_env: NOBODYS_HOOK}]\n")
+    findings = {one["check"]: one for one in project.mesh("doctor", "-o", "json", code=None).json}
+    assert findings["alerts"]["status"] == "warning"
+    assert "NOBODYS_HOOK is empty" in findings["alerts"]["detail"]
+    monkeypatch.setattr("weft.core.watchconf.find_spec", lambda name: None)
+    findings = {one["check"]: one for one in project.mesh("doctor", "-o", "json", code=None).json}
+    assert (findings["alerts"]["status"], findings["alerts"]["fix"]) == ("failed", "pip install 'weft[alerts]'")
