@@ -585,14 +585,14 @@ async def test_a_redriven_message_keeps_its_parts_and_loses_its_deadline(fresh_s
     worker = await stage.claim(_Forged(agent, "local", handle.id, handle.id, "m", 1))
     await worker.give_up("out of paper")
     reader = _watchdog(running_)._observer._records
-    await running_.coordinator._tail.sync()
+    await letters.letters(await operator(stage), limit=1)  # whoever asks for them has the stream read
     entry = running_.coordinator._index.find(agent, handle.id, caller="local")
     assert entry is not None
     # A leader that ended between sending and recording: the next one sends nothing twice.
     unrecorded = await send_again(running_.broker, entry, await reader.message(entry), 1)
     (done,) = await letters.redrive(await operator(stage), [handle.id])  # type: ignore[misc]
     assert (done.redriven_as, done.repeated) == (unrecorded, False)
-    await running_.coordinator._tail.sync()
+    await letters.letters(await operator(stage), limit=1)  # whoever asks for them has the stream read
     stored = await reader.message(running_.coordinator._index.find(agent, done.redriven_as, caller="local"))
     message = a2a.message_from_proto(request_of(stored).message)
     assert message.metadata == {"weft.skill": "print", "why": "test", REDRIVE_OF: handle.id}

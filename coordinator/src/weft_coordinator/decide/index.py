@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -108,7 +108,6 @@ class TaskIndex:
         self._tasks: dict[str, dict[str, dict[str, Entry]]] = {}
         self._finished: deque[Entry] = deque()
         self._dead: dict[Entry, None] = {}
-        self._open: dict[Entry, None] = {}
         self.retries: Counter[str] = Counter()
         """Attempts after the first, by agent."""
         self.states: Counter[int] = Counter()
@@ -143,15 +142,6 @@ class TaskIndex:
     def dead(self) -> Collection[Entry]:
         """Tasks with a dead letter, the first one first."""
         return self._dead.keys()
-
-    def newest_dead(self) -> Iterator[Entry]:
-        """Tasks with a dead letter, the last one first."""
-        return reversed(self._dead)
-
-    @property
-    def open(self) -> Collection[Entry]:
-        """Tasks that have not ended."""
-        return self._open.keys()
 
     # Folding -----------------------------------------------------------------------------------
 
@@ -231,7 +221,6 @@ class TaskIndex:
         self._enter(entry, state, seq, n=event.n, at=_told_at(entry, event, time))
         if not entry.ended:
             return None
-        self._open.pop(entry, None)
         self._finished.append(entry)
         if len(self._finished) > self._keep_detail:
             self._finished.popleft().detail = None
@@ -255,7 +244,6 @@ class TaskIndex:
         entry = tasks.get(task)
         if entry is None:
             entry = tasks[task] = Entry(sys.intern(agent), sys.intern(caller), task)
-            self._open[entry] = None
             self._count(entry.state, 1)
         return entry
 

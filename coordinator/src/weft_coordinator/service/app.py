@@ -93,7 +93,7 @@ class Coordinator:
             clock=_now,
         )
         letters, incidents = Letters(), Incidents()
-        records = LetterReader(self._reader, tasks)
+        records = LetterReader(tasks)
         dead = DeadLetters(
             broker,
             index=self._index,

@@ -14,7 +14,8 @@ from weft_coordinator.decide.watchdog import SILENT, AgentSeen, History, Observe
 from weft_coordinator.service.letters import DeadLetters
 from weft_coordinator.shell.letters import LetterReader
 from weft_coordinator.shell.registry import RegistryStore
-from weft_coordinator.shell.watch import BrokerLook
+from weft_coordinator.shell.watch import BrokerLook, begun_by
+from weft_protocols import subjects
 from weft_protocols.states import State
 
 TURN: Final = 5000
@@ -106,7 +107,7 @@ class Observer:
         records: Mapping[str, AgentRecord] = self._store.records
         owned: dict[tuple[str, str], list[tuple[Entry, int]]] = {}
         for entry, heard in await self._broker.held(await self._suspects(records, now)):
-            owned.setdefault((entry.agent, _replica(entry)), []).append((entry, heard))
+            owned.setdefault((entry.agent, begun_by(entry)), []).append((entry, heard))
         found: dict[str, dict[str, ReplicaSeen]] = {}
         for (agent, name), tasks in owned.items():
             known = records[agent].replicas.get(name) if agent in records else None
@@ -121,10 +122,10 @@ class Observer:
         """Tasks in work whose replica does not report."""
         reporting: dict[tuple[str, str], bool] = {}
         found = []
-        for at, entry in enumerate(list(self._index.open), start=1):
+        for at, entry in enumerate(self._index.visible(subjects.OPERATOR), start=1):
             if at % TURN == 0:
                 await asyncio.sleep(0)
-            if entry.state != State.WORKING or not (name := _replica(entry)):
+            if entry.state != State.WORKING or not (name := begun_by(entry)):
                 continue
             key = (entry.agent, name)
             if key not in reporting:
@@ -142,7 +143,3 @@ class Observer:
             return ""
         (letter,) = await self._records.read(dead[:1])
         return letter.record.reason[:REASON] if letter.record is not None else ""
-
-
-def _replica(entry: Entry) -> str:
-    return entry.detail.replica if entry.detail is not None else ""
