@@ -174,15 +174,21 @@ async def test_waiting_tasks_without_a_replica_are_critical_until_somebody_takes
     await watched(stage, "watchdog: {unserved_after: 0.5, clear_after: 0.3}\n")
     agent = weft.Agent(stage.agent())
 
+    release = asyncio.Event()
+
     @agent.skill()
     async def do(text: str) -> str:
+        await release.wait()
         return text
 
     for _ in range(3):
         await stage.send(agent.name)
+    async with running(stage.mesh, agent, grace=0.0) as (replica,):
+        await eventually(lambda: len(replica.owned) == 3)  # and hands them back
     found = await eventually(opened(stage, f"backlog:{agent.name}"))
     assert found is not None
     assert (found.severity, found.count, found.command) == ("critical", 3, f"mesh scale {agent.name} 1")
+    release.set()
     async with running(stage.mesh, agent):
         await eventually(cleared(stage, found.id))
 

@@ -66,8 +66,6 @@ class Observer:
         limits, history = self._limits, self._history
         queues = await self._broker.queues()
         records = self._store.records
-        for agent, pending in queues.items():
-            history.queue(agent, pending, now)
         history.retried(self._index.retries, now)
         letters = self._letters.undecided(now - int(limits.dead_letters_window * 1000))
         silent = await self._silent(now)
@@ -75,6 +73,9 @@ class Observer:
         for agent in {*queues, *records, *letters, *silent}:
             replicas = self._replicas(agent, records.get(agent), now)
             alive = [name for name, one in replicas.items() if one.state not in SILENT]
+            pending, given = queues.get(agent, (0, 0))
+            # What a replica handed back, or held when it died, waits as well, and nobody is there to take it.
+            history.queue(agent, pending if alive else pending + given, now)
             known = records[agent].replicas if agent in records else {}
             history.registered(agent, {name: one.registered for name, one in known.items()}, alive, now)
             replicas |= silent.get(agent, {})

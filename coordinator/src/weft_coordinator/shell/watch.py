@@ -28,13 +28,13 @@ class BrokerLook:
         self._let_go: dict[tuple[str, str], int] = {}
         """Tasks that were found to be nobody's, by agent and id: the last event they had then."""
 
-    async def queues(self) -> dict[str, int]:
-        """How many tasks of each agent wait to be given to a replica."""
-        found: dict[str, int] = {}
+    async def queues(self) -> dict[str, tuple[int, int]]:
+        """By agent: how many tasks were never given to a replica, and how many were and are not done."""
+        found: dict[str, tuple[int, int]] = {}
         for info in await self._pages(f"CONSUMER.LIST.{STREAM}", "consumers"):
             agent, _, lane = str(info["name"]).partition("=")
             if lane == "work":
-                found[agent] = int(info.get("num_pending", 0))
+                found[agent] = int(info.get("num_pending", 0)), int(info.get("num_ack_pending", 0))
         return found
 
     async def streams(self) -> tuple[StreamSeen, ...]:
