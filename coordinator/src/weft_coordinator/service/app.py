@@ -19,7 +19,7 @@ from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.incidents import Incidents
 from weft_coordinator.decide.index import Entry, TaskIndex
-from weft_coordinator.decide.ledger import Event, Ledgers
+from weft_coordinator.decide.ledger import Event, Ledger, Ledgers
 from weft_coordinator.decide.letters import Letters
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
@@ -92,34 +92,9 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        letters, incidents = Letters(), Incidents()
-        records = LetterReader(tasks)
-        dead = DeadLetters(
-            broker,
-            index=self._index,
-            tail=self._tail,
-            tasks=tasks,
-            reader=records,
-            ledger=letters,
-            decide=self._decide,
-        )
-        observer = Observer(
-            BrokerLook(broker, self._reader),
-            index=self._index,
-            store=self._store,
-            presence=self._operations.presence,
-            letters=(dead, records),
-        )
-        watchdog = Watchdog(
-            observer,
-            local=self.local,
-            ledger=incidents,
-            decide=self._decide,
-            look=self.settings.look,
-            clock=_now,
-        )
-        self._parts: tuple[Part, ...] = (self._operations, dead, watchdog)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), letters, incidents)))
+        watching, kept = self._watching(tasks)
+        self._parts: tuple[Part, ...] = (self._operations, *watching)
+        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), *kept)))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
@@ -185,6 +160,36 @@ class Coordinator:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
         await self._reader.close()
+
+    def _watching(self, tasks: TaskReader) -> tuple[tuple[Part, ...], tuple[Ledger, ...]]:
+        """Dead letters and the watchdog: the parts, and the ledgers they decide about."""
+        letters, incidents = Letters(), Incidents()
+        records = LetterReader(tasks)
+        dead = DeadLetters(
+            self._broker,
+            index=self._index,
+            tail=self._tail,
+            tasks=tasks,
+            reader=records,
+            ledger=letters,
+            decide=self._decide,
+        )
+        observer = Observer(
+            BrokerLook(self._broker, self._reader),
+            index=self._index,
+            store=self._store,
+            presence=self._operations.presence,
+            letters=(dead, records),
+        )
+        watchdog = Watchdog(
+            observer,
+            local=self.local,
+            ledger=incidents,
+            decide=self._decide,
+            look=self.settings.look,
+            clock=_now,
+        )
+        return (dead, watchdog), (letters, incidents)
 
     async def _decide(self, act: Callable[[int], Sequence[Event]]) -> list[int]:
         """Store a part's decision; for parts, which are made before the leader is."""
