@@ -50,6 +50,10 @@ class Agent:
         retry: the same with the pauses between the attempts, and errors that end a task at once.
         suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
             what it waits for has happened.
+        attempts: how often a task may be started before it is failed and leaves a dead letter.
+        suspend_after: seconds a question may wait before the task leaves memory until it is answered.
+        progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
+            the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         breaker: when a replica of this agent stops calling another one whose tasks fail; None is never.
         shed: whether a task is failed at once where even a quick run of its skill, as far as this replica has seen
@@ -88,6 +92,7 @@ class Agent:
         max_hops: int = HOPS,
         reentrant: bool = False,
         ordering: Literal["context"] | None = None,
+        progress_within: float = 600.0,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -98,6 +103,7 @@ class Agent:
         self.concurrency = _at_least(1, concurrency, f"concurrency of agent {name}")
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
+        self.progress_within = _at_least(0.1, progress_within, f"progress_within of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
         self.breaker = breaker
         self.shed = shed
