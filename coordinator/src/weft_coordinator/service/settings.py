@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from weft_protocols.errors import InvalidConfig
 
@@ -16,6 +17,8 @@ class Settings:
     finished_tasks: int = 10_000
     """Finished tasks of which the index remembers where they are; of older ones it keeps what listing needs.
     `WEFT_COORDINATOR_FINISHED`."""
+    lease: int = 20
+    """Seconds after which a leader that says nothing is replaced. `WEFT_COORDINATOR_LEASE`."""
     poll: float = 1.0
     """Seconds between looks at the stream when nobody asks."""
     concurrency: int = 64
@@ -33,10 +36,27 @@ class Settings:
 
     @staticmethod
     def load(environment: Mapping[str, str] = os.environ) -> Settings:
-        """The defaults, changed by the environment. Raises InvalidConfig for a value that is no number."""
-        text = environment.get("WEFT_COORDINATOR_FINISHED", "")
-        if not text:
-            return Settings()
-        if not text.isdigit() or int(text) > 10**9:
-            raise InvalidConfig(f"WEFT_COORDINATOR_FINISHED is {text!r}; it must be a number of tasks")
-        return Settings(finished_tasks=int(text))
+        """The defaults, changed by the environment. Raises InvalidConfig for a value that is no number in its range."""
+        told = {
+            name: value
+            for name, variable, most, what in _VARIABLES
+            if (value := _number(environment, variable, most=most, what=what)) is not None
+        }
+        if told.get("lease") == 0:
+            raise InvalidConfig("WEFT_COORDINATOR_LEASE is 0; it must be at least 1 second")
+        return Settings(**told)
+
+
+_VARIABLES: Final = (
+    ("finished_tasks", "WEFT_COORDINATOR_FINISHED", 10**9, "number of tasks"),
+    ("lease", "WEFT_COORDINATOR_LEASE", 3600, "number of seconds"),
+)
+
+
+def _number(environment: Mapping[str, str], variable: str, *, most: int, what: str) -> int | None:
+    text = environment.get(variable, "")
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) > most:
+        raise InvalidConfig(f"{variable} is {text!r}; it must be a {what}, at most {most}")
+    return int(text)

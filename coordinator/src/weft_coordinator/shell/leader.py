@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -34,8 +34,8 @@ log = logging.getLogger("weft.coordinator")
 
 LEASE_SECONDS: Final = 20
 """Seconds a leader that says nothing leads: longer than the broker takes to elect a leader of its own."""
-RENEW: Final = 5.0
-"""Seconds between two renewals."""
+RENEWALS: Final = 4
+"""Renewals in the time of a lease."""
 LOOK: Final = 2.0
 """Seconds between a standby's looks at the lease; it is told of a clean end at once."""
 LED: Final = "led"
@@ -115,6 +115,7 @@ class Leader:
     Args:
         id: This coordinator, as the lease names it.
         clock: Unix milliseconds; nothing depends on its being right.
+        lease: Seconds a leader that says nothing leads.
         lead: Awaited when this coordinator begins to lead, before `leading` is true; may decide nothing yet.
         deposed: Called when it leads no more; the ledgers are read anew then.
     """
@@ -126,6 +127,7 @@ class Leader:
         *,
         id: str,
         clock: Callable[[], int],
+        lease: int = LEASE_SECONDS,
         lead: Callable[[], Awaitable[None]],
         deposed: Callable[[], None],
     ) -> None:
@@ -140,6 +142,9 @@ class Leader:
         self._clock = clock
         self._lead = lead
         self._deposed = deposed
+        self._seconds = lease
+        self._gone: frozenset[str] = frozenset()
+        """Coordinators known to be gone, whatever their lease says."""
         self._lease = 0
         """Stream sequence of this coordinator's lease."""
         self._renewed = 0.0
@@ -181,6 +186,11 @@ class Leader:
                 log.warning("the lease could not be let go of: %s", error)
             self._depose("it stops")
         await self._tasks.aclose()
+
+    def are_gone(self, coordinators: Iterable[str]) -> None:
+        """Do not wait for the lease of these. If one is not gone after all, it is deposed and loses nothing else."""
+        self._gone = frozenset(coordinators)
+        self._look.set()
 
     # Decisions ---------------------------------------------------------------------------------
 
@@ -279,7 +289,7 @@ class Leader:
     async def _campaign(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(RENEW if self.leading else LOOK):
+                async with asyncio.timeout(self._seconds / RENEWALS if self.leading else LOOK):
                     await self._look.wait()
             except TimeoutError:
                 pass
@@ -301,11 +311,11 @@ class Leader:
 
     async def _renew(self) -> None:
         try:
-            await self._write_lease(self.term, seconds=LEASE_SECONDS)
+            await self._write_lease(self.term, seconds=self._seconds)
         except Conflict:
             self._depose("another coordinator has the lease")
         except WeftError:
-            if asyncio.get_running_loop().time() - self._renewed > LEASE_SECONDS:
+            if asyncio.get_running_loop().time() - self._renewed > self._seconds:
                 self._depose("the lease could not be renewed")
             raise
 
@@ -315,14 +325,14 @@ class Leader:
         self.term = Term.decode(stored.data) if stored is not None else Term("", 0)
         if self.term.leader == self.id and stored is not None:
             self._lease = stored.seq  # it wrote it, and did not hear so
-        elif self.term.leader and not self.term.gone:
+        elif self.term.leader and not self.term.gone and self.term.leader not in self._gone:
             return
         else:
             self._lease = stored.seq if stored is not None else 0
         pid = os.getpid()
         wanted = Term(self.id, self._clock(), socket.gethostname(), pid, process_started(pid) or "")
         try:
-            await self._write_lease(wanted, seconds=LEASE_SECONDS)
+            await self._write_lease(wanted, seconds=self._seconds)
         except Conflict:
             self._look.set()
             return

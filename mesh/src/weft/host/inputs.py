@@ -86,6 +86,8 @@ class Inputs:
         if control.op == "drain":
             self._replica.stop()
             return
+        if control.op == "ping":
+            return  # that it was heard at all is what the coordinator wanted to know
         if control.op != "input":
             log.warning("control message %r is unknown", control.op)
             return
