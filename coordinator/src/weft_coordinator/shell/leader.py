@@ -39,6 +39,7 @@ RENEWALS: Final = 4
 """Renewals in the time of a lease."""
 LOOK: Final = 2.0
 """Seconds between a standby's looks at the lease; it is told of a clean end at once."""
+TTL: Final = "Nats-TTL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +397,7 @@ class Leader:
             return True
 
     async def _write_lease(self, term: Term, *, seconds: int) -> None:
-        lines = {h.EXPECTED_SEQUENCE: str(self._lease), h.TTL: f"{seconds}s"}
+        lines = {h.EXPECTED_SEQUENCE: str(self._lease), TTL: f"{seconds}s"}
         asked = asyncio.get_running_loop().time()
         self._lease = await self._broker.publish(LEASE, term.encode(), headers=h.block(h.fields(lines)), timeout=4.0)
         self._renewed = asked
