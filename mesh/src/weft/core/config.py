@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
@@ -179,6 +180,7 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -214,7 +216,8 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        fields = self.mapping(root, "", ("name", "broker", "agents", "callers", "gateway")) if root is not None else {}
+        known = ("name", "broker", "agents", "callers", "gateway", "coordinator")
+        fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
@@ -225,6 +228,7 @@ class _Reader(YamlReader):
             agents=agents,
             callers=self._callers(fields.get("callers"), agents),
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
+            coordinator=read_coordinator(self, fields.get("coordinator")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:
