@@ -28,6 +28,7 @@ from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.standing import Standing
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
@@ -57,7 +58,7 @@ QUEUE: Final = "reads"
 """Queue group in which each read is answered by one replica."""
 OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
-EVERYWHERE: Final = ("heartbeat",)
+EVERYWHERE: Final = ("heartbeat", "coordinators")
 """Operations every replica hears."""
 
 
@@ -95,7 +96,7 @@ class Coordinator:
         self.handback = HandBack(
             broker, index=self._index, tail=self._tail, reader=self._reader, leader=lambda: self.leader, clock=_now
         )
-        self._parts: tuple[Part, ...] = (self._operations, self.handback)
+        self._parts: tuple[Part, ...] = (self._operations, self.handback, Standing(self._facts))
         self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
         self.leader = Leader(
             broker,
@@ -289,8 +290,11 @@ class Coordinator:
             "drift": [str(one) for one in self.drift],
             "role": "leader" if self.leader.leading else "standby",
             "leader": self.leader.term.leader,
+            "since": self.leader.term.since,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "handed_back": self.handback.handed_back,
+            "host": socket.gethostname(),
         }
 
     # Serving -----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     },
     "Run one part in the foreground": {
         "run": ("weft.cli.run", "Run a replica of an agent."),
-        "coordinator": ("weft.cli.coordinator", "Run a coordinator."),
+        "coordinator": ("weft.cli.coordinator", "Run a coordinator; show which one leads; rebuild what they read."),
         "gateway": ("weft.cli.gateway", "Run a gateway: every agent over HTTP and gRPC."),
     },
 }

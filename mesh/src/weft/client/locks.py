@@ -1,0 +1,125 @@
+"""Locks as operators see them: who holds which, who waits for whom, and taking one away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from weft.client.coordinator import call
+from weft.core.broker import Broker
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A task that holds a lock or waits for it."""
+
+    agent: str
+    task: str
+    replica: str = ""
+    token: int = 0
+    """Fencing token of who holds it; 0 for who waits."""
+    since: int = 0
+    """Unix milliseconds: when it was granted, or asked for."""
+    mode: str = ""
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], mode: str) -> Self:
+        """The task in an answer; `mode` where it does not say its own."""
+        return cls(
+            str(told["agent"]),
+            str(told["task"]),
+            str(told.get("replica", "")),
+            int(told.get("token", 0)),
+            int(told.get("since", 0)),
+            str(told.get("mode") or mode),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LockInfo:
+    """A lock that is held or waited for."""
+
+    name: str
+    mode: str
+    """`exclusive` or `shared`."""
+    holders: tuple[Holding, ...]
+    waiters: tuple[Holding, ...]
+    """The next one first."""
+
+    @staticmethod
+    def of(told: Mapping[str, Any]) -> LockInfo:
+        """The lock in an answer."""
+        mode = str(told.get("mode", ""))
+        holders, waiters = (
+            tuple(Holding.of(one, mode) for one in told.get(part) or ()) for part in ("holders", "waiters")
+        )
+        return LockInfo(str(told["name"]), mode, holders, waiters)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A task waits for something until a task lets go of it or ends."""
+
+    agent: str
+    task: str
+    kind: str
+    """`lock`, `child` or `order`."""
+    target: str
+    """Name of the lock, else the id of the task waited for."""
+    holder: str
+    """Id of the task that holds it, or that is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitGraph:
+    """Who waits for whom."""
+
+    agents: Mapping[str, str]
+    """Agent of each task, by id; empty where it is not known."""
+    edges: tuple[Edge, ...]
+    deadlocks: int = 0
+    """Deadlocks found so far."""
+    last: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    """The last ones, as the coordinator tells them."""
+
+    @staticmethod
+    def of(told: Mapping[str, Any]) -> WaitGraph:
+        """The graph in an answer."""
+        edges = tuple(
+            Edge(
+                str(one.get("agent", "")),
+                str(one["task"]),
+                str(one["kind"]),
+                str(one["target"]),
+                str(one.get("holder") or one["target"]),
+            )
+            for one in told.get("edges") or ()
+        )
+        agents = {str(one["task"]): str(one.get("agent", "")) for one in told.get("nodes") or ()}
+        for edge in edges:
+            agents[edge.task] = edge.agent or agents.get(edge.task, "")
+            agents.setdefault(edge.holder, "")
+        found = told.get("deadlocks") or {}
+        return WaitGraph(agents, edges, int(found.get("count", 0)), tuple(found.get("last") or ()))
+
+
+async def locks(broker: Broker) -> tuple[LockInfo, ...]:
+    """Every lock that is held or waited for, by name. Operator only; Unavailable while no coordinator leads."""
+    told = await call(broker, "locks")
+    return tuple(sorted((LockInfo.of(one) for one in told["locks"]), key=lambda one: one.name))
+
+
+async def graph(broker: Broker) -> WaitGraph:
+    """Who waits for whom now. Operator only; Unavailable while no coordinator leads."""
+    return WaitGraph.of(await call(broker, "graph"))
+
+
+async def release(broker: Broker, name: str, *, reason: str, task: str = "") -> tuple[Holding, ...]:
+    """Take a lock from its holders, or from one task; who had it. Operator only, and `reason` goes into the log.
+
+    Whoever held it is fenced: what it does with its old token is refused.
+    """
+    body = {"name": name, "reason": reason, **({"task": task} if task else {})}
+    told = await call(broker, "lock-release", body)
+    return tuple(Holding.of(one, "") for one in told.get("released") or ())
