@@ -23,6 +23,8 @@ WIDEST: Final = 34
 HEIGHT, MARGIN, PAD = 46.0, 28.0, 16.0
 BETWEEN_LAYERS, BETWEEN_BOXES, LANE = 104.0, 26.0, 18.0
 """Room between two layers, between two boxes of one, and for an arrow that passes through."""
+PORT: Final = 13.0
+"""Distance between two arrows at one side of a box."""
 SWEEPS: Final = 8
 STYLE: Final = """
   svg { color-scheme: light dark }
@@ -81,6 +83,7 @@ class _Place:
 
 def svg(boxes: Sequence[Box], arrows: Sequence[Arrow], *, title: str) -> str:
     """The picture. Arrows from or to boxes that are not there are left out."""
+    boxes = boxes or (Box("", "nobody waits", "for anybody"),)
     known = {box.id for box in boxes}
     arrows = [one for one in arrows if one.start in known and one.end in known]
     back = _closing(boxes, arrows)
@@ -94,8 +97,10 @@ def svg(boxes: Sequence[Box], arrows: Sequence[Arrow], *, title: str) -> str:
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{width:.0f}" height="{height:.0f}"/>',
     ]
-    for arrow, way in sorted(zip(arrows, ways, strict=True), key=lambda one: one[0].hot):
-        lines += _arrow(arrow, way, backward=arrow in back)
+    starts, ends = _ports(ways)
+    drawn = sorted(zip(arrows, ways, starts, ends, strict=True), key=lambda one: one[0].hot)
+    for arrow, way, start, end in drawn:
+        lines += _arrow(arrow, way, (start, end), backward=arrow in back)
     for place in places:
         lines += _box(place)
     return "\n".join([*lines, "</svg>", ""])
@@ -243,6 +248,21 @@ def _width(box: Box) -> float:
     return max(72.0, letters * LETTER + 2 * PAD)
 
 
+def _ports(ways: list[list[_Place]]) -> tuple[list[float], list[float]]:
+    """Where on the side of its first and of its last box each arrow meets it, so that none hides another."""
+    found: tuple[list[float], list[float]] = ([0.0] * len(ways), [0.0] * len(ways))
+    for heights, at, near in ((found[0], 0, 1), (found[1], -1, -2)):
+        sides: dict[int, list[int]] = {}
+        for n, way in enumerate(ways):
+            sides.setdefault(id(way[at]), []).append(n)
+        for side in sides.values():
+            side.sort(key=lambda n: ways[n][near].y)
+            step = min(PORT, (HEIGHT - 12) / len(side))
+            for place, n in enumerate(side):
+                heights[n] = ways[n][at].y + (place - (len(side) - 1) / 2) * step
+    return found
+
+
 # Drawing -----------------------------------------------------------------------------------------------
 
 
@@ -267,13 +287,12 @@ def _box(place: _Place) -> list[str]:
     ]
 
 
-def _arrow(arrow: Arrow, way: list[_Place], *, backward: bool) -> list[str]:
-    """A smooth line along its way, with a head at its end and its label in the widest gap."""
-    points: list[tuple[float, float]] = []
-    for place in way:
-        inner = place.width / 2
-        left, right = (place.x - inner, place.y), (place.x + inner, place.y)
-        points += [right] if place is way[0] else [left] if place is way[-1] else [left, right]
+def _arrow(arrow: Arrow, way: list[_Place], ports: tuple[float, float], *, backward: bool) -> list[str]:
+    """A smooth line along its way, with a head at its end and its label near its beginning."""
+    points = [(way[0].x + way[0].width / 2, ports[0])]
+    for place in way[1:-1]:
+        points += [(place.x - place.width / 2, place.y), (place.x + place.width / 2, place.y)]
+    points.append((way[-1].x - way[-1].width / 2, ports[1]))
     path = [f"M{points[0][0]:.1f},{points[0][1]:.1f}"]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         bend = (x1 - x0) / 2
@@ -281,7 +300,7 @@ def _arrow(arrow: Arrow, way: list[_Place], *, backward: bool) -> list[str]:
     line = f'<path class="{_classes("arrow", hot=arrow.hot)}" d="{" ".join(path)}"/>'
     (x, y), towards = (points[0], -1) if backward else (points[-1], 1)
     head = f"M{x:.1f},{y:.1f} l{-9 * towards},-4.5 l0,9 z"
-    x0, y0, x1, y1 = *points[0], *points[1]
+    x0, y0, x1, y1 = (*points[-2], *points[-1]) if backward else (*points[0], *points[1])
     label = (
         f'<text class="{_classes("label", hot=arrow.hot)}" x="{(x0 + x1) / 2:.1f}" y="{(y0 + y1) / 2 - 5:.1f}" '
         f'text-anchor="middle">{escape(arrow.label)}</text>'

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from weft.cli.drawing import Arrow, Box
-from weft.cli.operator import short
-from weft.client.locks import Edge, LockInfo, WaitGraph
+from weft.cli.operator import age, short
+from weft.cli.output import ago
+from weft.client.locks import Deadlock, Edge, LockInfo, WaitGraph
 
 KINDS: Final = {"lock": "for lock", "child": "for its child", "order": "for its turn after"}
 
@@ -91,6 +92,16 @@ def text(graph: WaitGraph) -> str:
         lines.append(f"  waits {_what(graph, edge)}{mark}")
     for n, knot in enumerate(knots, start=1):
         lines += ["", f"circle {n}:", *(f"  {name(graph, edge.task)} waits {_what(graph, edge)}" for edge in knot)]
+    return "\n".join(lines)
+
+
+def history(deadlocks: Sequence[Deadlock], *, now: float) -> str:
+    """What was broken last, the newest first; `now` is unix seconds."""
+    lines = []
+    for one in reversed(deadlocks):
+        graph = one.graph
+        lines.append(f"deadlock {one.number}, {ago(age(one.at, now))} ago: {name(graph, one.victim)} gave way")
+        lines += [f"  {name(graph, edge.task)} waited {_what(graph, edge)}" for edge in one.cycle]
     return "\n".join(lines)
 
 

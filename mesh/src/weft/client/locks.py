@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from weft.client.coordinator import call
@@ -72,6 +72,31 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadlock:
+    """A deadlock that was broken."""
+
+    number: int
+    at: int
+    """Unix milliseconds."""
+    cycle: tuple[Edge, ...]
+    victim: str
+    """Id of the task that gave way."""
+
+    @staticmethod
+    def of(told: Mapping[str, Any]) -> Deadlock:
+        """The deadlock in an answer."""
+        edges = tuple(
+            Edge(agent, task, kind, target, holder or target) for agent, task, kind, target, holder in told["cycle"]
+        )
+        return Deadlock(int(told["number"]), int(told["at"]), edges, str(told["victim"]))
+
+    @property
+    def graph(self) -> WaitGraph:
+        """Who waited for whom in it."""
+        return WaitGraph({edge.task: edge.agent for edge in self.cycle}, self.cycle)
+
+
+@dataclass(frozen=True, slots=True)
 class WaitGraph:
     """Who waits for whom."""
 
@@ -80,8 +105,8 @@ class WaitGraph:
     edges: tuple[Edge, ...]
     deadlocks: int = 0
     """Deadlocks found so far."""
-    last: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """The last ones, as the coordinator tells them."""
+    last: tuple[Deadlock, ...] = ()
+    """The last ones, the newest last."""
 
     @staticmethod
     def of(told: Mapping[str, Any]) -> WaitGraph:
@@ -101,7 +126,8 @@ class WaitGraph:
             agents[edge.task] = edge.agent or agents.get(edge.task, "")
             agents.setdefault(edge.holder, "")
         found = told.get("deadlocks") or {}
-        return WaitGraph(agents, edges, int(found.get("count", 0)), tuple(found.get("last") or ()))
+        last = tuple(Deadlock.of(one) for one in found.get("last") or ())
+        return WaitGraph(agents, edges, int(found.get("count", 0)), last)
 
 
 async def locks(broker: Broker) -> tuple[LockInfo, ...]:
