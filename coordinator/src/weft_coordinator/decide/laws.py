@@ -1,5 +1,7 @@
 """What must hold along the whole log of what was decided, whatever crashed meanwhile. For tests and for doubts.
 
+These are the laws of the log itself; those of locks are in `weft.testing.locklog`.
+
 1. Epochs never fall.
 2. An epoch begins with the event that names its leader, and has no other such event.
 3. Events are numbered 1, 2, 3, … without a gap; no number is given twice.

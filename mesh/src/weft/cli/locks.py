@@ -40,10 +40,12 @@ def list_locks(output: str) -> None:
     from weft.cli.operator import as_operator
     from weft.client import locks
 
-    found = as_operator(locks.locks, name="mesh locks")
+    found, total = as_operator(locks.locks, name="mesh locks")
     printer = Printer(output)
     rows = [_record(one) if printer.machine else _row(one) for one in found]
     printer.rows(rows, COLUMNS, empty="no lock is held")
+    if total > len(found):
+        printer.talk(f"these are {len(found)} of {total} locks")
 
 
 @command.command()
@@ -69,7 +71,7 @@ def graph(picture: Path | None, *, last: bool, output: str) -> None:
     from weft.client import locks
 
     async def work(broker: Broker) -> tuple[WaitGraph, tuple[LockInfo, ...]]:
-        return await locks.graph(broker), await locks.locks(broker)
+        return await locks.graph(broker), (await locks.locks(broker))[0]
 
     found, known = as_operator(work, name="mesh locks graph")
     if last:
@@ -95,6 +97,8 @@ def graph(picture: Path | None, *, last: bool, output: str) -> None:
         },
         text="\n\n".join(part for part in shown if part),
     )
+    if found.waiting > (waiting := len({edge.task for edge in found.edges})):
+        printer.talk(f"these are {waiting} of {found.waiting} tasks that wait")
 
 
 @command.command()
@@ -111,8 +115,10 @@ def release(name: str, reason: str, *, task: str, output: str) -> None:
         raise click.UsageError("--reason is empty; say why the lock is taken away")
 
     async def work(broker: Broker) -> tuple[Holding, ...]:
-        held = {one.name: one for one in await locks.locks(broker)}
-        chosen = _holder(held, name, task)
+        known, total = await locks.locks(broker)
+        held = {one.name: one for one in known}
+        # Of very many locks not all are listed: then the coordinator alone knows.
+        chosen = _holder(held, name, task) if name in held or total == len(known) else task
         return await locks.release(broker, name, reason=reason, task=chosen)
 
     gone = as_operator(work, name="mesh locks release")
@@ -165,7 +171,7 @@ def _row(lock: LockInfo) -> dict[str, Any]:
         "held_by": [f"{one.agent} {short(one.task)}" for one in lock.holders],
         "held_for": age(first.since) if first is not None else None,
         "token": first.token if first is not None else None,
-        "waiting": len(lock.waiters),
+        "waiting": lock.waiting,
         "next": f"{following.agent} {short(following.task)}" if following is not None else None,
         "waits_for": age(following.since) if following is not None else None,
     }
@@ -176,6 +182,7 @@ def _record(lock: LockInfo) -> dict[str, Any]:
         "name": lock.name,
         "mode": lock.mode,
         "holders": [{**_holding(one), "token": one.token} for one in lock.holders],
+        "waiting": lock.waiting,
         "waiters": [{**_holding(one), "mode": one.mode} for one in lock.waiters],
     }
 

@@ -45,7 +45,9 @@ class LockInfo:
     """`exclusive` or `shared`."""
     holders: tuple[Holding, ...]
     waiters: tuple[Holding, ...]
-    """The next one first."""
+    """The next one first; of many only the first ones."""
+    waiting: int = 0
+    """How many wait."""
 
     @staticmethod
     def of(told: Mapping[str, Any]) -> LockInfo:
@@ -54,7 +56,7 @@ class LockInfo:
         holders, waiters = (
             tuple(Holding.of(one, mode) for one in told.get(part) or ()) for part in ("holders", "waiters")
         )
-        return LockInfo(str(told["name"]), mode, holders, waiters)
+        return LockInfo(str(told["name"]), mode, holders, waiters, int(told.get("waiting", len(waiters))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ class WaitGraph:
     """Deadlocks found so far."""
     last: tuple[Deadlock, ...] = ()
     """The last ones, the newest last."""
+    waiting: int = 0
+    """Tasks that wait; more than those in `edges` where they are many."""
 
     @staticmethod
     def of(told: Mapping[str, Any]) -> WaitGraph:
@@ -127,13 +131,18 @@ class WaitGraph:
             agents.setdefault(edge.holder, "")
         found = told.get("deadlocks") or {}
         last = tuple(Deadlock.of(one) for one in found.get("last") or ())
-        return WaitGraph(agents, edges, int(found.get("count", 0)), last)
+        waiting = int(told.get("waiting", len({edge.task for edge in edges})))
+        return WaitGraph(agents, edges, int(found.get("count", 0)), last, waiting)
 
 
-async def locks(broker: Broker) -> tuple[LockInfo, ...]:
-    """Every lock that is held or waited for, by name. Operator only; Unavailable while no coordinator leads."""
+async def locks(broker: Broker) -> tuple[tuple[LockInfo, ...], int]:
+    """Locks that are held or waited for, by name, as many as fit into an answer; and how many there are.
+
+    Operator only; Unavailable while no coordinator leads.
+    """
     told = await call(broker, "locks")
-    return tuple(sorted((LockInfo.of(one) for one in told["locks"]), key=lambda one: one.name))
+    found = tuple(sorted((LockInfo.of(one) for one in told["locks"]), key=lambda one: one.name))
+    return found, int(told.get("total", len(found)))
 
 
 async def graph(broker: Broker) -> WaitGraph:
