@@ -101,7 +101,8 @@ class TaskReader:
         """The message that created a task; None if it is not known or gone."""
         if not entry.created:
             return None
-        return await self._reader.last(STREAM, subjects.task(entry.agent, entry.slice, entry.caller, entry.task))
+        subject = subjects.task(entry.agent, entry.slice, entry.caller, entry.task)
+        return await self._sources.of(entry).last(subject)
 
     async def dead_letter(self, entry: Entry) -> DeadLetter | None:
         """Why a task was given up; None if the record is gone."""

@@ -50,8 +50,6 @@ class Agent:
         retry: the same with the pauses between the attempts, and errors that end a task at once.
         suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
             what it waits for has happened.
-        attempts: how often a task may be started before it is failed and leaves a dead letter.
-        suspend_after: seconds a question may wait before the task leaves memory until it is answered.
         progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
             the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
