@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning"),
 ]
 
-FAST = Settings(poll=0.2, look=0.2)
+FAST = Settings(poll=0.2, look=0.2, beat=0.2)
 
 
 async def watched(stage: Stage, config: str = "") -> Running:
