@@ -27,6 +27,7 @@ def table(results: dict[str, Any]) -> str:
         ("takeover", _takeover),
         ("idle", _idle),
         ("history", _history),
+        ("graph", _graph),
     ):
         if case in results:
             lines += ["", *show(results[case])]
@@ -109,6 +110,23 @@ def _idle(result: dict[str, Any]) -> Iterable[str]:
     yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
     yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
     yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _graph(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Locks and deadlocks decided: {result['tasks']} tasks, {result['edges']} edges; µs"
+    yield f"{'':26} {'mean':>8} {'p50':>8} {'p99':>8} {'max':>8}"
+    for what, told in (
+        ("add", "a wait, while it fills"),
+        ("again", "a wait, with the graph full"),
+        ("remove", "the end of a wait"),
+        ("close", "a wait that closes a circle"),
+        ("handover", "release and next grant"),
+    ):
+        r = result[f"{what}_us"]
+        yield f"{told:26} {r['mean']:8.1f} {r['p50']:8.1f} {r['p99']:8.1f} {r['max']:8.0f}"
+    yield _ratio("the whole graph reduced, ms", result["sweep_ms"])
+    yield _ratio(f"{result['locks']} locks loaded, ms", result["load_ms"])
+    yield _goal("a wait, with the graph full: p99 in µs", result["again_us"]["p99"], 100.0, less=True)
 
 
 def _cpu(record: dict[str, Any]) -> float:
