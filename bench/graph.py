@@ -66,15 +66,18 @@ def _graph(tasks: int) -> dict[str, Any]:
     for _ in range(20_000):
         task, name = rnd.choice(waits)
         remove.append(_timed(lambda: graph.remove(task, f"{task}/lock" if name else "w")))  # noqa: B023 - called at once
+        if name:  # who asks anew is the last one in the queue
+            log.fold(log.locks.release("agent", f"{task}/lock", claim=1))
+            log.ask(task, name)
         again.append(_timed(lambda: _add(graph, log, task, children)))  # noqa: B023 - called at once
     close = _circles(graph, rnd, children)
-    start = time.perf_counter()
+    start = time.thread_time()
     assert graph.sweep() == []
-    swept = time.perf_counter() - start
+    swept = time.thread_time() - start
     dumped = log.locks.dump()
-    start = time.perf_counter()
+    start = time.thread_time()
     Locks().load(dumped)
-    loaded = time.perf_counter() - start
+    loaded = time.thread_time() - start
     gc.unfreeze()
     return {
         "edges": edges,
@@ -132,9 +135,9 @@ def _circles(graph: WaitGraph, rnd: random.Random, children: dict[str, list[str]
             task = rnd.choice(children[task])
         if graph.waits(task):
             continue
-        start = time.perf_counter()
+        start = time.thread_time()
         core = graph.add(task, "w", agent="agent", need=1, targets=[("order", top)])
-        took.append(time.perf_counter() - start)
+        took.append(time.thread_time() - start)
         assert core is not None
         graph.remove(task, "w")
     return took
@@ -153,9 +156,9 @@ def _handovers() -> dict[str, float]:
 
 
 def _timed(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     act()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

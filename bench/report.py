@@ -113,7 +113,7 @@ def _idle(result: dict[str, Any]) -> Iterable[str]:
 
 
 def _graph(result: dict[str, Any]) -> Iterable[str]:
-    yield f"Locks and deadlocks decided: {result['tasks']} tasks, {result['edges']} edges; µs"
+    yield f"Locks and deadlocks decided: {result['tasks']} tasks, {result['edges']} edges; µs of CPU"
     yield f"{'':26} {'mean':>8} {'p50':>8} {'p99':>8} {'max':>8}"
     for what, told in (
         ("add", "a wait, while it fills"),
