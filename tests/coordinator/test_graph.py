@@ -402,6 +402,7 @@ def test_one_of_several_children_is_enough_to_go_on(graph: WaitGraph) -> None:
 def test_an_answer_from_outside_never_blocks(graph: WaitGraph) -> None:
     assert add(graph, "p", "a") is None
     assert graph.add("a", "w", agent="a", need=1, targets=[("outside", ""), ("child", "p")]) is None
+    assert graph.add("a", "w", agent="a", need=1, targets=[("outside", "p")]) is None
     assert graph.add("a", "w", agent="a", need=2, targets=[("outside", ""), ("child", "p")]) is not None
 
 

@@ -37,8 +37,11 @@ The rules:
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import attrgetter
 from typing import Any, Final
 
 from weft_coordinator.decide.ledger import Event
@@ -140,41 +143,57 @@ class Locks:
         before = 0
         for name in request.names:
             lock = self._names.get(name)
-            if lock is not None and request.state == WAITING and not _later(lock, request):
+            if lock is not None and request.state == WAITING and not _later(lock, request.number):
                 before = max(before, lock.waiting - 1)
             elif lock is not None:
                 before = max(before, sum(r.number < request.number for r in _queue(lock)))
         return before
 
-    def blocks(self, request: Request) -> bool:
-        """Whether anybody may have to wait for a request; certainly nobody if not."""
-        for name in request.names:
-            lock = self._names[name]
-            if request.state == HELD:
-                if lock.waiting:
-                    return True
-            elif _later(lock, request):
-                return True
-        return False
-
     def victims(self, task: str) -> int:
         """How often a task gave way in a deadlock."""
         return self._victims.get(task, 0)
 
-    def before(self, request: Request) -> list[tuple[str, str | Request]]:
+    def before(self, request: Request) -> list[str | Request]:
         """What a waiting request waits for: all of it must end or let go.
 
         A task holds the name in the way of the request, or is before it in the queue; a request is before it, and has
         to be granted first. Only the nearest ones of a queue are told: those before them are theirs.
         """
-        found: list[tuple[str, str | Request]] = []
+        found: list[str | Request] = []
         for name in request.names:
-            lock = self._names[name]
-            found += [(name, r.task) for r in lock.holders if _in_the_way(r, request, lock)]
-            if not (request.chain and _covered(request, lock)):
-                for r in _nearest(lock, request):
-                    found.append((name, r))
-                    found.append((name, r.task))
+            found += self._before(request, self._names[name])
+        return found
+
+    def named(self, request: Request) -> list[tuple[str, str | Request]]:
+        """The same, each with the name of the lock."""
+        return [(name, node) for name in request.names for node in self._before(request, self._names[name])]
+
+    def behind(self, task: str) -> Iterator[str]:
+        """Tasks that wait for what a task holds, or behind it in a queue: at least all for which `before` tells it."""
+        for request in self._tasks.get(task, ()):
+            for name in request.names:
+                lock = self._names[name]
+                if not lock.waiting:
+                    continue
+                number = -1 if request.state == HELD else request.number
+                for queue in (lock.exclusive, lock.shared if request.exclusive else None):
+                    if queue and queue[-1].number > number:
+                        for r in islice(queue, bisect_right(queue, number, key=_number), None):
+                            if r.state == WAITING:
+                                yield r.task
+
+    def _before(self, request: Request, lock: _Name) -> list[str | Request]:
+        if request.chain:
+            found: list[str | Request] = [r.task for r in lock.holders if _in_the_way(r, request, lock)]
+            if _covered(request, lock):
+                return found
+        elif request.exclusive or lock.writers:
+            found = [r.task for r in lock.holders]
+        else:
+            found = []
+        if lock.waiting > 1:
+            for r in _nearest(lock, request):
+                found += (r, r.task)
         return found
 
     # Deciding ----------------------------------------------------------------------------------
@@ -570,8 +589,7 @@ class Locks:
             self._hold(request)
 
 
-def _number(request: Request) -> int:
-    return request.number
+_number = attrgetter("number")
 
 
 def _row(row: list[Any]) -> int:
@@ -602,26 +620,30 @@ def _queue(lock: _Name) -> list[Request]:
     return waiting
 
 
-def _later(lock: _Name, request: Request) -> bool:
+def _later(lock: _Name, number: int) -> bool:
     """Whether somebody may wait who came later."""
-    return any(queue[-1].number > request.number for queue in (lock.exclusive, lock.shared) if queue)
+    return any(queue[-1].number > number for queue in (lock.exclusive, lock.shared) if queue)
 
 
-def _nearest(lock: _Name, request: Request) -> Iterator[Request]:
+def _nearest(lock: _Name, request: Request) -> list[Request]:
     """Requests before this one in the queue that exclude it, back to the nearest exclusive one."""
-    writer: Request | None = None
-    for r in reversed(lock.exclusive or ()):
-        if r.number < request.number and r.state == WAITING:
-            writer = r
-            break
-    if request.exclusive:
-        for r in reversed(lock.shared or ()):
-            if writer is not None and r.number < writer.number:
+    found: list[Request] = []
+    since = -1
+    queue = lock.exclusive
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+                since = queue[i].number
                 break
-            if r.number < request.number and r.state == WAITING:
-                yield r
-    if writer is not None:
-        yield writer
+    queue = lock.shared if request.exclusive else None
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].number < since:
+                break
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+    return found
 
 
 def _upgrade(task: str, name: str) -> str:
