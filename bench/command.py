@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import idle, report, roundtrip, suspended, takeover
+from bench import idle, locks, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "idle", "history", "suspended")
+CASES: Final = ("roundtrip", "gateway", "takeover", "idle", "history", "suspended", "locks")
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -81,6 +81,8 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await takeover.run(options.kills)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
+        elif case == "locks":
+            results[case] = await locks.run()
         elif case == "suspended":
             results[case] = await suspended.run(options.suspended)
         else:
