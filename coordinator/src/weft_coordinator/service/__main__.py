@@ -28,6 +28,7 @@ async def serve(connection: ConnectionSettings, settings: Settings) -> None:
         coordinator = Coordinator(broker, settings=settings)
         try:
             await coordinator.start()
+            process.collect_seldom()
             print("ready", file=sys.stderr, flush=True)  # noqa: T201 - what its supervisor waits for
             await coordinator.run(stop)
         finally:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
+from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.found import Deadlocks
@@ -24,23 +25,34 @@ from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.decide.locks import Locks
 from weft_coordinator.decide.parked import ParkedTasks
+from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
+from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.deciding import Shared, Speaker
 from weft_coordinator.service.due import DuePart
 from weft_coordinator.service.gate import Gate
-from weft_coordinator.service.locks import LockPart, Shared, Speaker
+from weft_coordinator.service.locks import LockPart
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.routes import Routes
+from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.tree import Trees
+from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
+from weft_coordinator.shell.files import StateFile
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.sources import Sources
+from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
@@ -81,14 +93,24 @@ class Coordinator:
         self._broker = broker
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
-        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._file = StateFile.take(self.settings.state or self.local.state)
+        self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._copies = Copies(broker, self.projection.store)
+        self.tail = Tail(
+            broker,
+            self._reader,
+            self.projection,
+            self._copies,
+            dead_letter=self._on_dead_letter,
+            idle=self.settings.poll,
+        )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self.projection.store))
+        self._reads = Reads(broker, self.projection, self.tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
-            tail=self._tail,
+            tail=self.tail,
             reader=tasks,
             cards=cards,
             local=self.local,
@@ -96,20 +118,38 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        locks, deadlocks, parked = Locks(), Deadlocks(), ParkedTasks()
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked, locks, deadlocks)))
+        self._archive = Archive(
+            broker,
+            self.projection,
+            self.tail,
+            self._copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+            every=self.settings.archive_every,
+        )
+        self._operations.projection = self._archive.facts
+        self._parked, schedules = ParkedTasks(), Schedules()
+        locks, deadlocks = Locks(), Deadlocks()
+        ledgers = Ledgers((Terms(), self._parked, schedules, locks, deadlocks))
+        self._decided = DecidedLog(broker, self._reader, ledgers)
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
         waking = Waking(
-            broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
+            broker, index=self._index, tail=self.tail, ledger=self._parked, leader=self.leader, clock=_now
         )  # fmt: skip
+        scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
             self._operations,
             Routes(self._store, self._operations.presence, clock=_now, random=random.random),
+            self._archive,
+            Trees(self.projection, self.tail),
             waking,
-            DuePart(broker, {TIMER: waking.due}),
-            *self._lock_parts(locks, deadlocks, parked),
+            Turning(broker, index=self._index, tail=self.tail, clock=_now),
+            scheduling,
+            DuePart(broker, {TIMER: waking.due, CRON: scheduling.due}),
+            *self._lock_parts(locks, deadlocks, self._parked),
         )
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
@@ -127,13 +167,13 @@ class Coordinator:
             leader=self.leader,
             locks=locks,
             index=self._index,
-            tail=self._tail,
+            tail=self.tail,
             speaker=Speaker(self._broker.send),
             clock=time.monotonic,
         )
         detector = Detector(shared, WaitGraph(locks), found=deadlocks, parked=parked, policy=self.settings.victim)
         part = LockPart(shared, detector)
-        self._index.followers.append(part)
+        self.tail.on_change(part.changed)
         return detector, part
 
     async def start(self) -> None:
@@ -147,7 +187,9 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
-        await self._tail.sync()
+        await self.projection.open()
+        await self._copies.open()
+        await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
         if self._index.dead:
@@ -165,10 +207,10 @@ class Coordinator:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises why the connection ended, if it ended for good."""
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(self._follow())
+            following = [group.create_task(self._follow()), group.create_task(self._keep())]
             waits = [group.create_task(stop.wait()), group.create_task(self._broker.closed.wait())]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in (following, *waits):
+            for task in (*following, *waits):
                 task.cancel()
         if self._broker.closed.is_set() and not stop.is_set():
             raise self._broker.failure or Unavailable("the connection to the broker was closed")
@@ -186,7 +228,10 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
+        await self._copies.close()
         await self._reader.close()
+        await self.projection.store.close()
+        self._file.release()
 
     @cached_property
     def _leader_operations(self) -> dict[str, Handler]:
@@ -205,10 +250,21 @@ class Coordinator:
     # Following ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        """Read the task stream on, at the tail's pace; what fails is tried again."""
+        while True:
+            await asyncio.sleep(self.tail.pause)
+            if not self._broker.connected:
+                continue
+            try:
+                await self.tail.sync()
+            except WeftError as error:
+                log.warning("could not read on: %s; trying again", error)
+
+    async def _keep(self) -> None:
+        """Everything else that is done every `beat` seconds and after every reconnect; what fails is tried again."""
         while True:
             try:
-                async with asyncio.timeout(self.settings.poll):
+                async with asyncio.timeout(self.settings.beat):
                     await self._again.wait()
             except TimeoutError:
                 pass
@@ -219,10 +275,10 @@ class Coordinator:
                 if self._doubtful:
                     await self._settle()
                     self._doubtful = False
-                await self._tail.sync()
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
+                self._archive.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -264,7 +320,7 @@ class Coordinator:
 
     def _on_reconnect(self) -> None:
         """The server may have lost its last writes, or its streams."""
-        self._tail.doubt()
+        self.tail.doubt()
         self._store.doubt()
         if not self.leader.leading:
             self._decided.doubt()
@@ -280,6 +336,9 @@ class Coordinator:
             if one not in self.drift:
                 log.warning("drift: %s", one)
         return report
+
+    def _retention(self) -> Retention:
+        return self.settings.retention or self.local.retention()
 
     def _limit(self) -> int:
         """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""
@@ -307,6 +366,7 @@ class Coordinator:
             "leader": self.leader.term.leader,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "parked": len(self._parked),
         }
 
     # Serving -----------------------------------------------------------------------------------

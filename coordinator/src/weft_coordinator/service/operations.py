@@ -59,6 +59,8 @@ class Operations(Part):
         self._facts = facts
         self._clock = clock
         self.presence = Presence(clock())
+        self.projection: Callable[[], Awaitable[dict[str, Any]]] = _nothing
+        """What `status` tells of the projection."""
         self._operations: dict[str, Handler] = {
             "register": self._register,
             "heartbeat": self._heartbeat,
@@ -168,7 +170,7 @@ class Operations(Part):
 
     async def _pin(self, body: Body, caller: str) -> dict[str, Any]:
         """Make an earlier card of an agent the current one."""
-        _operator_only(caller, "pin")
+        operator_only(caller, "pin")
         fields = Fields(body)
         agent, what = fields.text("agent"), fields.text("card")
         fields.check("pin")
@@ -185,12 +187,13 @@ class Operations(Part):
         return {"agent": agent, "version": shown.version, "digest": shown.digest}
 
     async def _status(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "status")
+        operator_only(caller, "status")
         await self._tail.sync()
         await self._store.sync()
         states = {State(state).label: count for state, count in sorted(self._index.states.items()) if count}
         return {
             **self._facts(),
+            "projection": await self.projection(),
             "tasks": {"total": len(self._index), "states": states, "skipped": self._index.skipped},
             "read": asdict(self._index.watermark),
             "dead_letters": len(self._index.dead),
@@ -199,7 +202,7 @@ class Operations(Part):
 
     async def _dead_letters(self, body: Body, caller: str) -> dict[str, Any]:
         """The newest first."""
-        _operator_only(caller, "dead-letters")
+        operator_only(caller, "dead-letters")
         fields = Fields(body)
         limit = fields.number("limit", default=100)
         fields.check("dead-letters")
@@ -223,7 +226,7 @@ class Operations(Part):
     # Accounts ----------------------------------------------------------------------------------
 
     async def _agent_add(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "agent-add")
+        operator_only(caller, "agent-add")
         fields = Fields(body)
         name, kind = fields.token("name"), fields.text("kind", default="agent")
         fields.check("agent-add")
@@ -234,7 +237,7 @@ class Operations(Part):
 
     async def _agent_revoke(self, body: Body, caller: str) -> dict[str, Any]:
         """Its tasks stay, and can be read by those who sent them."""
-        _operator_only(caller, "agent-revoke")
+        operator_only(caller, "agent-revoke")
         fields = Fields(body)
         name = fields.token("name")
         fields.check("agent-revoke")
@@ -256,11 +259,16 @@ def parsed(data: bytes) -> Body:
     return body
 
 
-def _operator_only(caller: str, operation: str) -> None:
+def operator_only(caller: str, operation: str) -> None:
+    """Raise PermissionDenied for everybody but the operator."""
     if caller != subjects.OPERATOR:
         raise PermissionDenied(
             f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
         )
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}
 
 
 def _ended(record: AgentRecord | None) -> frozenset[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import cast, get_args
 
+from weft.core.retentionconf import Retention
 from weft_coordinator.decide.graph import Policy
 from weft_protocols.errors import InvalidConfig
 
@@ -16,10 +18,21 @@ class Settings:
     """Limits and times of one coordinator."""
 
     finished_tasks: int = 10_000
-    """Finished tasks of which the index remembers where they are; of older ones it keeps what listing needs.
+    """Finished tasks that stay in memory; older ones are read from the coordinator's file.
     `WEFT_COORDINATOR_FINISHED`."""
-    poll: float = 1.0
-    """Seconds between looks at the stream when nobody asks."""
+    state: Path | None = None
+    """Directory of the coordinator's file. Default: `coordinator` in the mesh's home directory; for a mesh elsewhere a
+    temporary one, so that every start reads the whole stream. `WEFT_COORDINATOR_STATE`."""
+    poll: float = 0.25
+    """Seconds between looks at the stream when nothing happens; while there is traffic it is looked at more often."""
+    beat: float = 1.0
+    """Seconds between looks at everything else, and between the parts' ticks."""
+    retention: Retention | None = None
+    """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
+    grace: float = 10.0
+    """Seconds from its end in which a task stays in the stream in any case."""
+    archive_every: float = 10.0
+    """Seconds between looks for finished tasks that may leave the stream."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048
@@ -38,13 +51,15 @@ class Settings:
     @staticmethod
     def load(environment: Mapping[str, str] = os.environ) -> Settings:
         """The defaults, changed by the environment. Raises InvalidConfig for a value that is none."""
-        settings = Settings()
-        text = environment.get("WEFT_COORDINATOR_FINISHED", "")
-        if text and (not text.isdigit() or int(text) > 10**9):
+        text = environment.get("WEFT_COORDINATOR_FINISHED") or str(Settings().finished_tasks)
+        if not text.isdigit() or int(text) > 10**9:
             raise InvalidConfig(f"WEFT_COORDINATOR_FINISHED is {text!r}; it must be a number of tasks")
-        if text:
-            settings = replace(settings, finished_tasks=int(text))
-        named = environment.get("WEFT_COORDINATOR_VICTIM", "")
-        if named and named not in get_args(Policy):
-            raise InvalidConfig(f"WEFT_COORDINATOR_VICTIM is {named!r}; use one of {', '.join(get_args(Policy))}")
-        return replace(settings, victim=cast(Policy, named)) if named else settings
+        state = environment.get("WEFT_COORDINATOR_STATE")
+        victim = environment.get("WEFT_COORDINATOR_VICTIM") or Settings().victim
+        if victim not in get_args(Policy):
+            raise InvalidConfig(f"WEFT_COORDINATOR_VICTIM is {victim!r}; use one of {', '.join(get_args(Policy))}")
+        return Settings(
+            finished_tasks=int(text),
+            state=Path(state).expanduser().absolute() if state else None,
+            victim=cast(Policy, victim),
+        )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from weft.core.broker import Broker
+from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
 from weft.host.waits import Observer
-from weft_protocols.records import Claim
-
-if TYPE_CHECKING:
-    from weft.host.session import Session
+from weft_protocols.records import Claim, Control
 
 
 @dataclass(slots=True)
@@ -57,13 +54,13 @@ class Owner(Protocol):
         ...
 
     @property
-    def session(self) -> Session:
-        """Its locks and waits."""
+    def observers(self) -> list[Observer]:
+        """Who is told of what its tasks wait for."""
         ...
 
     @property
-    def observers(self) -> list[Observer]:
-        """Who is told of what its tasks wait for."""
+    def controls(self) -> dict[str, Callable[[Control, Delivered], None]]:
+        """Who takes a control message, by its `op`. Must not block."""
         ...
 
     @property
