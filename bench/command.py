@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import idle, leader, report, roundtrip, suspended, takeover
+from bench import graph, idle, leader, locks, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended")
+CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph")
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--suspended", type=int, default=10_000, help="tasks of suspended (default %(default)d)")
     made.add_argument("--events", type=int, default=100_000, help="of leader (default %(default)d)")
     made.add_argument("--finished", type=int, default=100_000, help="tasks of history (default %(default)d)")
+    made.add_argument("--waiting", type=int, default=100_000, help="tasks of graph (default %(default)d)")
     made.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default %(default)s")
     made.add_argument("--save", action="store_true", help="write bench/results/<time>.json as well")
     return made
@@ -84,6 +85,10 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await leader.run(options.events)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
+        elif case == "graph":
+            results[case] = graph.run(options.waiting)
+        elif case == "locks":
+            results[case] = await locks.run()
         elif case == "suspended":
             results[case] = await suspended.run(options.suspended)
         else:

@@ -36,10 +36,8 @@ AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
 """Tasks beside a circle that are asked as well, because those in it could go on if they did."""
-SWEEP: Final = 60.0
-"""Seconds between two looks at the whole graph, for what single checks left out."""
-SWEPT: Final = 20_000
-"""Tasks up to which the whole graph is looked at without a reason."""
+PATROL: Final = 2_000
+"""Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
 MAX_TARGETS: Final = 1_000
@@ -126,7 +124,6 @@ class Detector(Part):
         """When a task was told to give way."""
         self._told: dict[tuple[str, str], float] = {}
         """When a wait was told to end that its replica has to end; one for a lock the coordinator ends itself."""
-        self._swept = 0.0
         self._tasks = Tasks("deadlocks", on_error=lambda _: None)
 
     def bind(self, decide: Decide, heard: Callable[[Key], None]) -> None:
@@ -178,11 +175,8 @@ class Detector(Part):
                     del self._doubts[key]
                 else:
                     self._suspect(core)
-        overdue = time - self._swept > SWEEP and len(self.graph) <= SWEPT
-        if self.graph.unchecked or overdue:
-            self._swept = time
-            for core in self.graph.sweep():
-                self._suspect(core)
+        for core in self.graph.patrol(PATROL):
+            self._suspect(core)
         self._chosen = {task: at for task, at in self._chosen.items() if time - at < REMEMBERED}
         self._told = {wait: at for wait, at in self._told.items() if time - at < REACTION}
 
