@@ -142,9 +142,9 @@ class Coordinator:
         scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
             self._operations,
-            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
             self._archive,
             Trees(self.projection, self.tail),
+            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
             waking,
             Turning(broker, index=self._index, tail=self.tail, clock=_now),
             scheduling,
