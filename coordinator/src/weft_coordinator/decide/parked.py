@@ -21,6 +21,8 @@ PARKED: Final = "parked"
 """[parked, agent, task, caller, context, slice, claim, key, until, [[agent, task, seen]…], need]."""
 WOKEN: Final = "woken"
 """[woken, agent, task, claim]: a wake is stored, or the task has ended; the park of this claim or an earlier one."""
+END_OF_TIME: Final = 253_370_764_800_000
+"""Unix milliseconds of the year 9999, beyond which the broker has no dates."""
 MAX_CHILDREN: Final = 10_000
 """Children one task may wait for."""
 
@@ -89,7 +91,7 @@ def parse(body: Mapping[str, Any], agent: str) -> Parked:
         slice_,
         fields.number("claim"),
         fields.text("key", limit=1024, default=""),
-        until,
+        min(until, END_OF_TIME),
         _children(fields, body.get("children", [])),
         fields.number("need", default=0),
     )

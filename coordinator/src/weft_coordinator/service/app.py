@@ -23,6 +23,7 @@ from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.decide.locks import Locks
 from weft_coordinator.decide.parked import ParkedTasks
+from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.deadlocks import Detector
@@ -32,7 +33,9 @@ from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
+from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
@@ -94,18 +97,22 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        locks, deadlocks, parked = Locks(), Deadlocks(), ParkedTasks()
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), parked, locks, deadlocks)))
+        locks, deadlocks, parked, schedules = Locks(), Deadlocks(), ParkedTasks(), Schedules()
+        ledgers = Ledgers((Terms(), parked, schedules, locks, deadlocks))
+        self._decided = DecidedLog(broker, self._reader, ledgers)
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
         waking = Waking(
             broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
         )  # fmt: skip
+        scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
             self._operations,
             waking,
-            DuePart(broker, {TIMER: waking.due}),
+            Turning(broker, index=self._index, tail=self._tail, clock=_now),
+            scheduling,
+            DuePart(broker, {TIMER: waking.due, CRON: scheduling.due}),
             *self._lock_parts(locks, deadlocks, parked),
         )
         self._leading: list[Subscription] = []

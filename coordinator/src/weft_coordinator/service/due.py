@@ -15,6 +15,13 @@ from weft_protocols.resources import COORD, DUE_CONSUMER
 
 log = logging.getLogger("weft.coordinator")
 
+SCHEDULE: Final = "Nats-Schedule"
+"""Header of a schedule: when it is due, in the broker's notation."""
+TARGET: Final = "Nats-Schedule-Target"
+"""Header of a schedule: where the broker stores that it is due."""
+KEPT: Final = "Nats-Schedule-TTL"
+"""Header of a schedule: how long that stays, `24h`."""
+ZONE: Final = "Nats-Schedule-Time-Zone"
 ROOM: Final = 256
 """Messages worked on at a time."""
 AGAIN: Final = 2.0

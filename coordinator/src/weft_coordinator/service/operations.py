@@ -168,7 +168,7 @@ class Operations(Part):
 
     async def _pin(self, body: Body, caller: str) -> dict[str, Any]:
         """Make an earlier card of an agent the current one."""
-        _operator_only(caller, "pin")
+        operator_only(caller, "pin")
         fields = Fields(body)
         agent, what = fields.text("agent"), fields.text("card")
         fields.check("pin")
@@ -185,7 +185,7 @@ class Operations(Part):
         return {"agent": agent, "version": shown.version, "digest": shown.digest}
 
     async def _status(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "status")
+        operator_only(caller, "status")
         await self._tail.sync()
         await self._store.sync()
         states = {State(state).label: count for state, count in sorted(self._index.states.items()) if count}
@@ -199,7 +199,7 @@ class Operations(Part):
 
     async def _dead_letters(self, body: Body, caller: str) -> dict[str, Any]:
         """The newest first."""
-        _operator_only(caller, "dead-letters")
+        operator_only(caller, "dead-letters")
         fields = Fields(body)
         limit = fields.number("limit", default=100)
         fields.check("dead-letters")
@@ -223,7 +223,7 @@ class Operations(Part):
     # Accounts ----------------------------------------------------------------------------------
 
     async def _agent_add(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "agent-add")
+        operator_only(caller, "agent-add")
         fields = Fields(body)
         name, kind = fields.token("name"), fields.text("kind", default="agent")
         fields.check("agent-add")
@@ -234,7 +234,7 @@ class Operations(Part):
 
     async def _agent_revoke(self, body: Body, caller: str) -> dict[str, Any]:
         """Its tasks stay, and can be read by those who sent them."""
-        _operator_only(caller, "agent-revoke")
+        operator_only(caller, "agent-revoke")
         fields = Fields(body)
         name = fields.token("name")
         fields.check("agent-revoke")
@@ -256,7 +256,8 @@ def parsed(data: bytes) -> Body:
     return body
 
 
-def _operator_only(caller: str, operation: str) -> None:
+def operator_only(caller: str, operation: str) -> None:
+    """Raise PermissionDenied for everybody but the operator."""
     if caller != subjects.OPERATOR:
         raise PermissionDenied(
             f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"

@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from weft.core.broker import Broker, Delivered, Subscription
+from weft.core.broker import Broker
 from weft.core.pull import Delivery
 from weft.core.supervise import Tasks
 from weft_coordinator.decide import parked as rules
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.parked import Parked, ParkedTasks
+from weft_coordinator.service.due import KEPT, SCHEDULE, TARGET
 from weft_coordinator.service.part import Body, Handler, Part
+from weft_coordinator.shell.hints import Hints
 from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.tail import Tail
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import WeftError
 from weft_protocols.resources import DUE, SCHEDULES
-from weft_protocols.states import END_LABELS
 
 log = logging.getLogger("weft.coordinator")
 
@@ -35,7 +36,6 @@ KEEP: Final = "24h"
 """How long the broker keeps that a timer is due. One that is forgotten is found by its time all the same."""
 AT_ONCE: Final = 64
 """Wakes being stored at a time."""
-_HINTS: Final = END_LABELS | {"input-required", "auth-required"}
 
 
 class Waking(Part):
@@ -67,8 +67,7 @@ class Waking(Part):
         self._tasks = Tasks("wakes")
         self._room = asyncio.Semaphore(AT_ONCE)
         self._waking: set[tuple[str, str]] = set()
-        self._feeds: dict[str, Subscription] = {}
-        self._reading = False
+        self._hints = Hints(broker, tail, concerns=lambda agent, task: bool(ledger.parents(agent, task)))
         self._new = True
         """Whether nothing was looked at since this coordinator began to lead."""
         index.followers.append(self)
@@ -89,16 +88,16 @@ class Waking(Part):
         await self._leader.decide(lambda _: self._ledger.park(parked))
         await self._listen()
         if parked.children:
-            self._read_on()
+            self._hints.read_on()
         self._look(parked)
         return {"parked": True}
 
     async def _schedule(self, parked: Parked) -> None:
         at = datetime.fromtimestamp(parked.until / 1000, UTC).isoformat(timespec="milliseconds")
         values = {
-            h.SCHEDULE: f"@at {at.replace('+00:00', 'Z')}",
-            h.SCHEDULE_TARGET: f"{DUE}.{TIMER}{parked.task}",
-            h.SCHEDULE_TTL: KEEP,
+            SCHEDULE: f"@at {at.replace('+00:00', 'Z')}",
+            TARGET: f"{DUE}.{TIMER}{parked.task}",
+            KEPT: KEEP,
         }
         await self._broker.publish(f"{SCHEDULES}.{TIMER}{parked.task}", b"", headers=h.block(h.fields(values)))
 
@@ -108,7 +107,11 @@ class Waking(Part):
         for parked in self._ledger.named(task):
             # The broker's clock may be ahead of this one's.
             if parked.until and parked.until <= now + 1000 and parked.id not in self._waking:
-                await self._wake(parked, "its time has come")
+                self._waking.add(parked.id)
+                try:
+                    await self._wake(parked, "its time has come")
+                finally:
+                    self._waking.discard(parked.id)
 
     # Noticing ----------------------------------------------------------------------------------
 
@@ -118,9 +121,7 @@ class Waking(Part):
 
     def deposed(self) -> None:
         """Somebody else wakes."""
-        feeds, self._feeds = self._feeds, {}
-        for feed in feeds.values():
-            self._tasks.start(feed.close())
+        self._hints.stop()
         self._waking.clear()
 
     async def tick(self, now: int) -> None:
@@ -138,6 +139,7 @@ class Waking(Part):
     async def aclose(self) -> None:
         """Stop waking."""
         self.deposed()
+        await self._hints.aclose()
         await self._tasks.aclose()
 
     def created(self, entry: Entry, seq: int) -> None:
@@ -159,31 +161,10 @@ class Waking(Part):
         """Everything is read anew."""
 
     async def _listen(self) -> None:
-        """Hear of children's ends as they are stored; without it they are noticed within about a second."""
-        wanted = self._ledger.waiting_agents() if self._leader.leading else frozenset()
-        for agent in wanted - self._feeds.keys():
-            pattern = subjects.GRAMMAR["live"].pattern(caller=agent)
-            self._feeds[agent] = await self._broker.subscribe(pattern, self._on_live)
-
-    def _on_live(self, message: Delivered) -> None:
-        """Only a hint to read on."""
-        _, _, _, _, agent, task = message.subject.split(".")
-        state = h.get(message.headers, b"Weft-State")
-        if state is not None and state.decode("utf-8", "replace") in _HINTS and self._ledger.parents(agent, task):
-            self._read_on()
-
-    def _read_on(self) -> None:
-        if not self._reading:
-            self._reading = True
-            self._tasks.start(self._sync())
-
-    async def _sync(self) -> None:
-        try:
-            # Whatever comes from here on asks anew: it may be too late for this round.
-            self._reading = False
-            await self._tail.sync()
-        except WeftError as error:
-            log.debug("could not read on: %s", error)
+        """Hear of children's ends as they are stored."""
+        if self._leader.leading:
+            live = subjects.GRAMMAR["live"]
+            await self._hints.listen(live.pattern(caller=agent) for agent in self._ledger.waiting_agents())
 
     # Waking ------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config
+from weft.core.config import CONFIG_NAME, ConnectionSettings, MeshConfig, load_mesh_config
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
-from weft_protocols.errors import InvalidParams, Unavailable, UnsupportedOperation
+from weft_protocols.errors import InvalidConfig, InvalidParams, Unavailable, UnsupportedOperation
 
 KINDS: Final = ("agent", "caller")
 DEFAULT_DURABILITY: Final = "strict"
@@ -44,6 +45,23 @@ class LocalMesh:
         if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
             return -1
         return load_mesh_config(config).broker.max_bytes
+
+    def config_changed(self) -> float:
+        """When `mesh.yaml` was last changed, as the file system tells it; 0 if it is not here."""
+        try:
+            return self._config.stat().st_mtime if self._config is not None else 0.0
+        except OSError:
+            return 0.0
+
+    def config(self) -> MeshConfig:
+        """What `mesh.yaml` says. Raises InvalidConfig where it is wrong or not here."""
+        if self._config is None:
+            raise InvalidConfig("there is no mesh.yaml here")
+        return load_mesh_config(self._config)
+
+    @property
+    def _config(self) -> Path | None:
+        return self.home.root.parent / CONFIG_NAME if self.home is not None else None
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

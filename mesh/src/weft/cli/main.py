@@ -32,6 +32,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "tasks": ("weft.cli.tasks", "List, show, watch and cancel tasks."),
         "agents": ("weft.cli.agents", "List the agents, their skills and replicas; pin a card."),
         "card": ("weft.cli.card", "Check and print the card of an agent."),
+        "schedules": ("weft.cli.schedules", "List what starts by the clock, and when."),
     },
     "Operate": {
         "ps": ("weft.cli.ps", "List the processes of the mesh."),

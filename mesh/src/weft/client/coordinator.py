@@ -250,6 +250,15 @@ async def dead_letters(
     return tuple(DeadLetterInfo.of(one) for one in answer["dead_letters"]), int(answer["total"])
 
 
+async def schedules(broker: Broker, *, timeout: float = TIMEOUT) -> tuple[dict[str, Any], ...]:
+    """What starts by the clock, by name: the fields of `mesh.yaml` and its times, unix milliseconds. Operator only.
+
+    `next` and `last` are 0 where that is not known; `task` is the one that was last started, `since` when the schedule
+    was made or changed.
+    """
+    return tuple((await call(broker, "schedules", timeout=timeout))["schedules"])
+
+
 async def add(broker: Broker, name: str, *, kind: str = "agent", timeout: float = CHANGE_TIMEOUT) -> None:
     """Let an agent (or with `kind="caller"` a caller) connect, now and after restarts. Operator only.
 

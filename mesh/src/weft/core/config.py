@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.scheduleconf import ScheduleConfig, read_schedules
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -179,6 +180,7 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -214,17 +216,20 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        fields = self.mapping(root, "", ("name", "broker", "agents", "callers", "gateway")) if root is not None else {}
+        known = ("name", "broker", "agents", "callers", "gateway", "schedules")
+        fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
+        callers = self._callers(fields.get("callers"), agents)
         return MeshConfig(
             name=self.value(fields, "name", default, _token),
             folder=folder,
             broker=self._broker(fields.get("broker")),
             agents=agents,
-            callers=self._callers(fields.get("callers"), agents),
+            callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
+            schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

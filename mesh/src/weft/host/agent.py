@@ -46,8 +46,11 @@ class Agent:
         concurrency: tasks one replica works on at a time. Waiting for a child, an answer or a timer does not count.
         attempts: how often a task may be started before it is failed and leaves a dead letter; 3 by default.
         retry: the same with the pauses between the attempts, and errors that end a task at once.
-        suspend_after: seconds a question may wait before the task leaves memory until it is answered.
+        suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
+            what it waits for has happened.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
+        ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
+            they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
         card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
             What it sets wins over what is declared here; where it lists skills, only those are shown.
         extended_card: what callers who ask for the extended card see over the card: the same form, skills are added.
@@ -67,6 +70,7 @@ class Agent:
         retry: RetryPolicy | None = None,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
+        ordering: Literal["context"] | None = None,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -78,6 +82,9 @@ class Agent:
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
+        if ordering not in ("context", None):
+            raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
+        self.ordering = ordering
         self.card = card
         self.extended_card = extended_card
         self.skills: dict[str, Skill] = {}

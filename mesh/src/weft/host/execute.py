@@ -87,6 +87,9 @@ async def _refused(run: Run) -> bool:
     except A2AError as error:
         await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
         return True
+    if run.barred:
+        await run.finish(State.REJECTED, a2a.parts_of(run.barred))
+        return True
     if work.deadline is not None and work.deadline < time.time():
         late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
         await run.cancel_children(late)
@@ -367,6 +370,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
             work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
         )
         await run.journal.write(records.MESSAGE_KEY, message.encode())
+    await run.remember_said()
     run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)

@@ -20,7 +20,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
-from weft.host import execute, session, takeover
+from weft.host import execute, takeover
 from weft.host.agent import Agent
 from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
@@ -37,6 +37,8 @@ log = logging.getLogger("weft.host")
 
 PATIENCE: Final = 120
 """Deliveries of a follow-up whose task is not there, about ten minutes, before it is dropped."""
+IN_ORDER: Final = 100 * PATIENCE
+"""The same where the task may be waiting for its turn, unclaimed: most of a day."""
 HAND_OVER: Final = 1.0
 """Seconds the owner has to take a delivery; then it comes again, perhaps to find a new owner."""
 LAST_WORD: Final = 1.0
@@ -99,8 +101,8 @@ class Inputs:
         if control.op == "drain":
             self._replica.stop()
             return
-        if control.op in session.OPS:
-            self._replica.session.on_control(control)
+        if (take := self._replica.controls.get(control.op)) is not None:
+            take(control, message)
             return
         if control.op != "input":
             log.warning("control message %r is unknown", control.op)
@@ -182,7 +184,8 @@ class Inputs:
         # A claim on a message was checked against its id. One on a cancel was not: only the message's id overrules it.
         foreign = expected is not None and expected[1].message != 0
         proven = ids.task_id(caller, agent, values.get("weft-message-id", "")) == task_id
-        if foreign or delivery.times > PATIENCE:
+        patience = PATIENCE if replica.agent.ordering is None else IN_ORDER
+        if foreign or delivery.times > patience:
             replica.settle(delivery.ack, b"+TERM no such task of this caller")
             return
         if not cancel or (expected is not None and not proven):
@@ -302,14 +305,15 @@ class Inputs:
             )
             token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
             run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
-            if given is not None and meant is _Meant.ANSWER:
-                run.resumed = given
-            elif given is not None:
-                run.inbox.append(given)
-                run.history.append(given.proto)
             try:
                 if replica.agent.turns is None:
                     await self._recall(run)
+                    await run.recall_said()
+                if given is not None and meant is _Meant.ANSWER:
+                    run.resumed = given
+                elif given is not None and not run.knows(given.proto.message_id):
+                    run.inbox.append(given)
+                    run.history.append(given.proto)
                 how = "goes on with an answer" if run.resumed is not None else "goes on"
                 said = f"{how}, on replica {replica.id}" if claim.state == SUSPENDED else ""
                 if await replica.begin_again(run, said=said) is None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weft.core.broker import Broker
+from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
 from weft.host.waits import Observer
-from weft_protocols.records import Claim
+from weft_protocols.records import Claim, Control
 
 if TYPE_CHECKING:
     from weft.host.session import Session
@@ -64,6 +64,11 @@ class Owner(Protocol):
     @property
     def observers(self) -> list[Observer]:
         """Who is told of what its tasks wait for."""
+        ...
+
+    @property
+    def controls(self) -> dict[str, Callable[[Control, Delivered], None]]:
+        """Who takes a control message, by its `op`. Must not block."""
         ...
 
     @property

@@ -26,6 +26,8 @@ WORTH: Final = 1.0
 """Seconds a task must have left to wait, as far as is known, for leaving memory to be worth it."""
 AGAIN: Final = 5.0
 """Seconds until the coordinator is asked again when it did not answer; up to twice that, by chance."""
+NEVER: Final = 250_000_000_000.0
+"""Unix seconds that are as good as never."""
 AT_ONCE: Final = 64
 """Requests under way at a time."""
 
@@ -121,7 +123,7 @@ def _request(run: Run) -> Mapping[str, Any] | None:
         "slice": run.work.slice,
         "claim": run.fence.token,
         "key": waits[0].key,
-        "until": int(min(ends) * 1000) if ends else None,
+        "until": int(min(*ends, NEVER) * 1000) if ends else None,
         "children": children,
         "need": _need(waits, len(children)),
     }

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 TURN_KEY: Final = "_turn"
+SAID_KEY: Final = "_note-said"
 
 
 def sequence_in(ack: str) -> int:
@@ -189,6 +190,8 @@ class Run:
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
+    said: list[pb.Message] = field(default_factory=list)
+    """Messages that were no answers, from before the task was suspended."""
     known: set[str] = field(default_factory=set)
     """Ids of messages that earlier turns answered."""
     conversation: Told | None = None
@@ -214,6 +217,8 @@ class Run:
     """Sequence of the claim with which this attempt began; it may renew it."""
     locks: list[Lock] = field(default_factory=list)
     """Locks in whose blocks it is."""
+    barred: str = ""
+    """Why it must not begin."""
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
@@ -262,6 +267,24 @@ class Run:
     def knows(self, message_id: str) -> bool:
         """Whether a message of the caller is known already: it was delivered before, or is recorded."""
         return message_id in self.known or any(message.message_id == message_id for message in self.history)
+
+    async def remember_said(self) -> None:
+        """Store the messages that a suspension acknowledges and no answer records, so that they stay history."""
+        import msgpack
+
+        new = [given.proto for given in self.inbox if given.sequence <= self.asked]
+        if new:
+            self.said += new
+            await self.journal.replace(SAID_KEY, bytes(msgpack.packb([one.SerializeToString() for one in self.said])))
+
+    async def recall_said(self) -> None:
+        """Read them back."""
+        import msgpack
+
+        stored = await self.journal.read(SAID_KEY)
+        if stored is not None:
+            self.said = [pb.Message.FromString(one) for one in msgpack.unpackb(stored.data)]
+            self.history += self.said
 
     def recall(self, answer: pb.Message) -> None:
         """An answer that an earlier attempt recorded: should it be delivered again, it is history."""

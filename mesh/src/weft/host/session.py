@@ -207,7 +207,7 @@ class Session:
 
     # What the coordinator says -----------------------------------------------------------------
 
-    def on_control(self, control: Control) -> None:
+    def on_control(self, control: Control, _: Delivered) -> None:
         """A control message of this session's."""
         try:
             told = msgpack.unpackb(control.data) if control.data else {}
