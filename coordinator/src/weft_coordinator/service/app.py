@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
+from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.found import Deadlocks
@@ -25,6 +26,7 @@ from weft_coordinator.decide.locks import Locks
 from weft_coordinator.decide.parked import ParkedTasks
 from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
+from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.due import DuePart
@@ -35,13 +37,19 @@ from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.tree import Trees
 from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
+from weft_coordinator.shell.files import StateFile
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.sources import Sources
+from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
@@ -82,11 +90,21 @@ class Coordinator:
         self._broker = broker
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
-        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._file = StateFile.take(self.settings.state or self.local.state)
+        self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._copies = Copies(broker, self._projection.store)
+        self._tail = Tail(
+            broker,
+            self._reader,
+            self._projection,
+            self._copies,
+            dead_letter=self._on_dead_letter,
+            idle=self.settings.poll,
+        )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self._projection.store))
+        self._reads = Reads(broker, self._projection, self._tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
@@ -100,6 +118,16 @@ class Coordinator:
         locks, deadlocks, parked, schedules = Locks(), Deadlocks(), ParkedTasks(), Schedules()
         ledgers = Ledgers((Terms(), parked, schedules, locks, deadlocks))
         self._decided = DecidedLog(broker, self._reader, ledgers)
+        self._archive = Archive(
+            broker,
+            self._projection,
+            self._tail,
+            self._copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+        )
+        self._operations.projection = self._archive.facts
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
@@ -109,6 +137,8 @@ class Coordinator:
         scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
         self._parts: tuple[Part, ...] = (
             self._operations,
+            self._archive,
+            Trees(self._projection, self._tail),
             waking,
             Turning(broker, index=self._index, tail=self._tail, clock=_now),
             scheduling,
@@ -137,7 +167,7 @@ class Coordinator:
         )
         detector = Detector(shared, WaitGraph(locks), found=deadlocks, parked=parked, policy=self.settings.victim)
         part = LockPart(shared, detector)
-        self._index.followers.append(part)
+        self._tail.on_change(part.changed)
         return detector, part
 
     async def start(self) -> None:
@@ -151,6 +181,8 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
+        await self._projection.open()
+        await self._copies.open()
         await self._tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -169,10 +201,10 @@ class Coordinator:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises why the connection ended, if it ended for good."""
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(self._follow())
+            following = [group.create_task(self._follow()), group.create_task(self._keep())]
             waits = [group.create_task(stop.wait()), group.create_task(self._broker.closed.wait())]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in (following, *waits):
+            for task in (*following, *waits):
                 task.cancel()
         if self._broker.closed.is_set() and not stop.is_set():
             raise self._broker.failure or Unavailable("the connection to the broker was closed")
@@ -190,7 +222,10 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
+        await self._copies.close()
         await self._reader.close()
+        await self._projection.store.close()
+        self._file.release()
 
     @cached_property
     def _leader_operations(self) -> dict[str, Handler]:
@@ -209,10 +244,21 @@ class Coordinator:
     # Following ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        """Read the task stream on, at the tail's pace; what fails is tried again."""
+        while True:
+            await asyncio.sleep(self._tail.pause)
+            if not self._broker.connected:
+                continue
+            try:
+                await self._tail.sync()
+            except WeftError as error:
+                log.warning("could not read on: %s; trying again", error)
+
+    async def _keep(self) -> None:
+        """Everything else that is done every `beat` seconds and after every reconnect; what fails is tried again."""
         while True:
             try:
-                async with asyncio.timeout(self.settings.poll):
+                async with asyncio.timeout(self.settings.beat):
                     await self._again.wait()
             except TimeoutError:
                 pass
@@ -223,10 +269,10 @@ class Coordinator:
                 if self._doubtful:
                     await self._settle()
                     self._doubtful = False
-                await self._tail.sync()
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
+                self._archive.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -284,6 +330,9 @@ class Coordinator:
             if one not in self.drift:
                 log.warning("drift: %s", one)
         return report
+
+    def _retention(self) -> Retention:
+        return self.settings.retention or self.local.retention()
 
     def _limit(self) -> int:
         """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""

@@ -179,20 +179,17 @@ class LockPart(Part):
 
     # Following the index -----------------------------------------------------------------------
 
-    def created(self, entry: Entry, seq: int) -> None:
-        """A task was accepted: it holds nothing yet."""
+    def changed(self, entries: Sequence[Entry]) -> None:
+        """Tasks that ended hold nothing more, whatever their replicas still say or did not."""
+        for entry in entries if self._leader.leading else ():
+            if entry.ended and entry.created:
+                self._ended(entry)
 
-    def moved(self, entry: Entry) -> None:
-        """A task that ended holds nothing more, whatever its replica still says or did not."""
-        if not entry.ended or not self._leader.leading or not entry.created:
-            return
+    def _ended(self, entry: Entry) -> None:
         self._detector.ended(entry.task)
         if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
             with contextlib.suppress(Unavailable):
                 self.decide(lambda: self._locks.ended(entry.task))
-
-    def cleared(self) -> None:
-        """Everything is read anew: what ended is told again."""
 
     # Deciding ----------------------------------------------------------------------------------
 
@@ -307,11 +304,11 @@ class LockPart(Part):
     def _ancestors(self, entry: Entry) -> tuple[str, ...]:
         """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
         found: list[str] = []
-        parent = getattr(entry, "parent", None)
+        parent = entry.parent
         while parent is not None and parent[1] not in found and len(found) < 64:
             found.append(parent[1])
             above = self._find(*parent)
-            parent = getattr(above, "parent", None)
+            parent = above.parent if above is not None else None
         return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:

@@ -59,6 +59,8 @@ class Operations(Part):
         self._facts = facts
         self._clock = clock
         self.presence = Presence(clock())
+        self.projection: Callable[[], Awaitable[dict[str, Any]]] = _nothing
+        """What `status` tells of the projection."""
         self._operations: dict[str, Handler] = {
             "register": self._register,
             "heartbeat": self._heartbeat,
@@ -191,6 +193,7 @@ class Operations(Part):
         states = {State(state).label: count for state, count in sorted(self._index.states.items()) if count}
         return {
             **self._facts(),
+            "projection": await self.projection(),
             "tasks": {"total": len(self._index), "states": states, "skipped": self._index.skipped},
             "read": asdict(self._index.watermark),
             "dead_letters": len(self._index.dead),
@@ -262,6 +265,10 @@ def operator_only(caller: str, operation: str) -> None:
         raise PermissionDenied(
             f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
         )
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}
 
 
 def _ended(record: AgentRecord | None) -> frozenset[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast, get_args
 
+from weft.core.retentionconf import Retention
 from weft_coordinator.decide.graph import Policy
 from weft_protocols.errors import InvalidConfig
 
@@ -16,10 +18,19 @@ class Settings:
     """Limits and times of one coordinator."""
 
     finished_tasks: int = 10_000
-    """Finished tasks of which the index remembers where they are; of older ones it keeps what listing needs.
+    """Finished tasks that stay in memory; older ones are read from the coordinator's file.
     `WEFT_COORDINATOR_FINISHED`."""
-    poll: float = 1.0
-    """Seconds between looks at the stream when nobody asks."""
+    state: Path | None = None
+    """Directory of the coordinator's file. Default: `coordinator` in the mesh's home directory; for a mesh elsewhere a
+    temporary one, so that every start reads the whole stream. `WEFT_COORDINATOR_STATE`."""
+    poll: float = 0.25
+    """Seconds between looks at the stream when nothing happens; while there is traffic it is looked at more often."""
+    beat: float = 1.0
+    """Seconds between looks at everything else, and between the parts' ticks."""
+    retention: Retention | None = None
+    """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
+    grace: float = 10.0
+    """Seconds from its end in which a task stays in the stream in any case."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048
@@ -47,4 +58,7 @@ class Settings:
         named = environment.get("WEFT_COORDINATOR_VICTIM", "")
         if named and named not in get_args(Policy):
             raise InvalidConfig(f"WEFT_COORDINATOR_VICTIM is {named!r}; use one of {', '.join(get_args(Policy))}")
-        return replace(settings, victim=cast(Policy, named)) if named else settings
+        if named:
+            settings = replace(settings, victim=cast(Policy, named))
+        state = environment.get("WEFT_COORDINATOR_STATE")
+        return replace(settings, state=Path(state).expanduser().absolute()) if state else settings

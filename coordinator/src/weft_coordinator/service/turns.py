@@ -6,7 +6,7 @@ that must wait is told when it may be worth asking again; it asks again by itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -43,14 +43,14 @@ class Turning(Part):
         self._index = index
         self._tail = tail
         self._clock = clock
-        self._order = Order()
+        self._order = Order(index)
         self._asked: dict[tuple[str, str], dict[str, int]] = {}
         """By agent and context: replicas that wait, and until when they are told."""
         self._agents: frozenset[str] = frozenset()
         """Agents of which somebody waits."""
         self._hints = Hints(broker, tail, concerns=self._concerns)
         self._tasks = Tasks("turns")
-        index.followers += [self._order, self]
+        tail.on_change(self._changed)
 
     @property
     def operations(self) -> Mapping[str, Handler]:
@@ -79,25 +79,21 @@ class Turning(Part):
 
     # Telling -----------------------------------------------------------------------------------
 
-    def created(self, entry: Entry, seq: int) -> None:
-        """A task was accepted: the order knows."""
+    def _changed(self, entries: Sequence[Entry]) -> None:
+        """Tasks have ended: whoever waits in their contexts asks again."""
+        self._order.changed(entries)
+        for entry in entries if self._asked else ():
+            waiting = self._asked.pop((entry.agent, entry.context), None) if entry.ended else None
+            if waiting is not None:
+                self._call(entry, waiting)
 
-    def moved(self, entry: Entry) -> None:
-        """A task has ended: whoever waits in its context asks again."""
-        if not entry.ended or not self._asked:
-            return
-        waiting = self._asked.pop((entry.agent, entry.context), None)
-        if waiting is None:
-            return
+    def _call(self, entry: Entry, waiting: Mapping[str, int]) -> None:
         now = self._clock()
         data = Control("turn", data=bytes(msgpack.packb({"context": entry.context}))).encode()
         for replica, until in waiting.items():
             if until > now:
                 self._tell(subjects.ctl(entry.agent, replica), data)
         self._tasks.start(self._listen())
-
-    def cleared(self) -> None:
-        """Everything is read anew."""
 
     def _tell(self, subject: str, data: bytes) -> None:
         try:

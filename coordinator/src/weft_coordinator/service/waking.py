@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -70,7 +70,7 @@ class Waking(Part):
         self._hints = Hints(broker, tail, concerns=lambda agent, task: bool(ledger.parents(agent, task)))
         self._new = True
         """Whether nothing was looked at since this coordinator began to lead."""
-        index.followers.append(self)
+        tail.on_change(self._changed)
 
     @property
     def leader_operations(self) -> Mapping[str, Handler]:
@@ -142,13 +142,12 @@ class Waking(Part):
         await self._hints.aclose()
         await self._tasks.aclose()
 
-    def created(self, entry: Entry, seq: int) -> None:
-        """A task was accepted: nothing that anybody waits for."""
+    def _changed(self, entries: Sequence[Entry]) -> None:
+        for entry in entries if self._leader.leading else ():
+            self._moved(entry)
 
-    def moved(self, entry: Entry) -> None:
+    def _moved(self, entry: Entry) -> None:
         """A task came into another state: its parent may go on, and it is not parked any more if it has ended."""
-        if not self._leader.leading:
-            return
         for parked in self._ledger.parents(entry.agent, entry.task):
             if parked.agent == entry.caller:
                 self._look(parked)
@@ -156,9 +155,6 @@ class Waking(Part):
             own = self._ledger.get(entry.agent, entry.task)
             if own is not None and own.caller == entry.caller:
                 self._tasks.start(self._forget(own))
-
-    def cleared(self) -> None:
-        """Everything is read anew."""
 
     async def _listen(self) -> None:
         """Hear of children's ends as they are stored."""

@@ -10,6 +10,7 @@ from typing import Final
 from weft.core.config import CONFIG_NAME, ConnectionSettings, MeshConfig, load_mesh_config
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
+from weft.core.retentionconf import Retention
 from weft_protocols.errors import InvalidConfig, InvalidParams, Unavailable, UnsupportedOperation
 
 KINDS: Final = ("agent", "caller")
@@ -33,6 +34,11 @@ class LocalMesh:
     def agents(self) -> tuple[str, ...]:
         """Agents that may connect; none where the broker is elsewhere."""
         return tuple(Accounts.read(self.home).agents) if self.home is not None else ()
+
+    @property
+    def state(self) -> Path | None:
+        """Where coordinators keep their files; None where the broker is elsewhere."""
+        return self.home.root / "coordinator" if self.home is not None else None
 
     def durability(self) -> str:
         """Name of the durability profile: `WEFT_DURABILITY`, else the running broker's."""
@@ -62,6 +68,13 @@ class LocalMesh:
     @property
     def _config(self) -> Path | None:
         return self.home.root.parent / CONFIG_NAME if self.home is not None else None
+
+    def retention(self) -> Retention:
+        """How long finished tasks stay in the stream: as `mesh.yaml` says, changed by the environment."""
+        base = Retention()
+        if self.home is not None and (config := self.home.root.parent / CONFIG_NAME).is_file():
+            base = load_mesh_config(config).retention
+        return Retention.load(os.environ, base)
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
@@ -181,6 +182,7 @@ class MeshConfig:
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -216,7 +218,7 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        known = ("name", "broker", "agents", "callers", "gateway", "schedules")
+        known = ("name", "broker", "agents", "callers", "gateway", "schedules", "retention")
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
@@ -230,6 +232,7 @@ class _Reader(YamlReader):
             callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
             schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
+            retention=read_retention(self, fields.get("retention")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

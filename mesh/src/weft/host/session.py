@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgpack
 
 from weft.client import coordinator
+from weft.core.broker import Delivered
 from weft.host.locking import Lock
 from weft.host.owner import Owner
 from weft.host.run import Run
