@@ -18,32 +18,20 @@ from weft.core.cardkeys import card_key
 from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
-from weft_coordinator.decide.found import Deadlocks
-from weft_coordinator.decide.graph import WaitGraph
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
-from weft_coordinator.decide.locks import Locks
-from weft_coordinator.decide.parked import ParkedTasks
-from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
-from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
-from weft_coordinator.service.deadlocks import Detector
-from weft_coordinator.service.due import DuePart
+from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
-from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler, Part
+from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
-from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
-from weft_coordinator.service.tree import Trees
-from weft_coordinator.service.turns import Turning
-from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
-from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.projection import Projection
@@ -108,42 +96,35 @@ class Coordinator:
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
-            reader=tasks,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        locks, deadlocks, parked, schedules = Locks(), Deadlocks(), ParkedTasks(), Schedules()
-        ledgers = Ledgers((Terms(), parked, schedules, locks, deadlocks))
-        self._decided = DecidedLog(broker, self._reader, ledgers)
-        self._archive = Archive(
-            broker,
-            self._projection,
-            self._tail,
-            self._copies,
-            retention=self._retention,
-            leading=lambda: self.leader.leading,
-            grace=self.settings.grace,
-        )
-        self._operations.projection = self._archive.facts
+        states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(states.ledgers))
         self.leader = Leader(
             broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
         )
-        waking = Waking(
-            broker, index=self._index, tail=self._tail, ledger=parked, leader=self.leader, clock=_now
-        )  # fmt: skip
-        scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
-        self._parts: tuple[Part, ...] = (
-            self._operations,
-            self._archive,
-            Trees(self._projection, self._tail),
-            waking,
-            Turning(broker, index=self._index, tail=self._tail, clock=_now),
-            scheduling,
-            DuePart(broker, {TIMER: waking.due, CRON: scheduling.due}),
-            *self._lock_parts(locks, deadlocks, parked),
+        self._parts = make_parts(
+            Ground(
+                broker=broker,
+                settings=self.settings,
+                local=self.local,
+                reader=self._reader,
+                index=self._index,
+                projection=self._projection,
+                copies=self._copies,
+                tail=self._tail,
+                tasks=tasks,
+                operations=self._operations,
+                store=self._store,
+                leader=self.leader,
+                retention=self._retention,
+                clock=_now,
+            ),
+            states,
         )
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
@@ -155,20 +136,6 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
-
-    def _lock_parts(self, locks: Locks, deadlocks: Deadlocks, parked: ParkedTasks) -> tuple[Part, ...]:
-        shared = Shared(
-            leader=self.leader,
-            locks=locks,
-            index=self._index,
-            tail=self._tail,
-            speaker=Speaker(self._broker.send),
-            clock=time.monotonic,
-        )
-        detector = Detector(shared, WaitGraph(locks), found=deadlocks, parked=parked, policy=self.settings.victim)
-        part = LockPart(shared, detector)
-        self._tail.on_change(part.changed)
-        return detector, part
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
@@ -272,7 +239,8 @@ class Coordinator:
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
-                self._archive.beat()
+                for part in self._parts:
+                    part.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()

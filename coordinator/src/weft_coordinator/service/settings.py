@@ -31,6 +31,8 @@ class Settings:
     """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
     grace: float = 10.0
     """Seconds from its end in which a task stays in the stream in any case."""
+    look: float = 2.0
+    """Seconds between two looks of the watchdog, while this coordinator leads."""
     concurrency: int = 64
     """Requests answered at a time."""
     backlog: int = 2048

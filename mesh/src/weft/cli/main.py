@@ -39,6 +39,8 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "logs": ("weft.cli.logs", "Print what the processes wrote."),
         "restart": ("weft.cli.restart", "Restart a process or, one by one, an agent's replicas."),
         "scale": ("weft.cli.scale", "Set an agent's number of replicas."),
+        "incidents": ("weft.cli.incidents", "List what is wrong, why, and what to run next."),
+        "dlq": ("weft.cli.dlq", "Inspect, redrive and discard dead letters."),
         "health": ("weft.cli.health", "Check broker, coordinator and agents."),
         "doctor": ("weft.cli.doctor", "Check this machine and this project."),
     },

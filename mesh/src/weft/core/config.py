@@ -13,6 +13,7 @@ from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
 from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
+from weft.core.watchconf import AlertTarget, WatchConfig, read_alerts, read_watchdog
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -183,6 +184,8 @@ class MeshConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
     retention: Retention = field(default_factory=Retention)
+    watchdog: WatchConfig = field(default_factory=WatchConfig)
+    alerts: tuple[AlertTarget, ...] = ()
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -218,7 +221,9 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        known = ("name", "broker", "agents", "callers", "gateway", "schedules", "retention")
+        known = (
+            "name", "broker", "agents", "callers", "gateway", "schedules", "retention", "watchdog", "alerts",
+        )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
@@ -233,6 +238,8 @@ class _Reader(YamlReader):
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
             schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
             retention=read_retention(self, fields.get("retention")),
+            watchdog=read_watchdog(self, fields.get("watchdog")),
+            alerts=read_alerts(self, fields.get("alerts"), folder=folder),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

@@ -48,6 +48,8 @@ class Agent:
         retry: the same with the pauses between the attempts, and errors that end a task at once.
         suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
             what it waits for has happened.
+        progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
+            the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
             they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
@@ -71,6 +73,7 @@ class Agent:
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
         ordering: Literal["context"] | None = None,
+        progress_within: float = 600.0,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -81,6 +84,7 @@ class Agent:
         self.concurrency = _at_least(1, concurrency, f"concurrency of agent {name}")
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
+        self.progress_within = _at_least(0.1, progress_within, f"progress_within of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
         if ordering not in ("context", None):
             raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")

@@ -69,6 +69,8 @@ class Replica:
         self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.durability = durability or DURABILITY["laptop"]
         self.counters = Counters()
+        self.progress_within = agent.progress_within
+        """Seconds after which it reports a task in work that makes no progress."""
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
         self.draining = False

@@ -226,6 +226,8 @@ class Run:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Steps whose body runs, by key, and since when: unix seconds."""
     ended: bool = False
 
     def __post_init__(self) -> None:

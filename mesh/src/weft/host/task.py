@@ -11,7 +11,7 @@ from typing import Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import held, values
+from weft.host import held, progress, values
 from weft.host.delegation import Delegating
 from weft.host.locking import Locking
 from weft.host.retry import ONCE, RetryPolicy
@@ -184,7 +184,7 @@ class Task(Delegating, Locking, Waiting):
         if stored is not None:
             return await self._recorded(StepRecord.decode(stored.data), digest=digest, returns=returns)
         started = time.monotonic()
-        with run.waits.working():
+        with run.waits.working(), progress.step(run, key):
             result, tries = await try_step(key, fn, args=args, kwargs=kwargs, policy=policy, run=run)
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:
