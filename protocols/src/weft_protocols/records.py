@@ -150,7 +150,10 @@ class PushCursor(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Control(_Record):
-    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave."""
+    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave.
+
+    `ping` asks nothing: its sender is told by the broker when nobody listens.
+    """
 
     op: str
     subject: str = ""

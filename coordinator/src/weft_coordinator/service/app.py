@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -24,6 +25,7 @@ from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
@@ -42,6 +44,8 @@ from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
 from weft_protocols import headers as h
+from weft_protocols.accounts import CONNECTED, DISCONNECTED
+from weft_protocols.connections import COORDINATOR
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
@@ -52,7 +56,7 @@ from weft_protocols.errors import (
     WeftError,
 )
 from weft_protocols.resources import topology
-from weft_protocols.subjects import GRAMMAR
+from weft_protocols.subjects import GRAMMAR, ctl
 
 log = logging.getLogger("weft.coordinator")
 
@@ -67,8 +71,10 @@ EVERYWHERE: Final = ("heartbeat",)
 class Coordinator:
     """One replica of the coordinator on one connection, which stays its owner's."""
 
-    def __init__(self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None) -> None:
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    def __init__(
+        self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None, id: str | None = None
+    ) -> None:
+        self.id = id or new_id()
         self.settings = settings or Settings()
         self.local = local or LocalMesh.of(broker.settings)
         self.drift: tuple[Drift, ...] = ()
@@ -105,9 +111,18 @@ class Coordinator:
         states = States()
         self._decided = DecidedLog(broker, self._reader, Ledgers(states.ledgers))
         self.leader = Leader(
-            broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+            broker,
+            self._decided,
+            id=self.id,
+            clock=_now,
+            lease=self.settings.lease,
+            lead=self._on_lead,
+            deposed=self._on_deposed,
         )
-        self._parts = make_parts(
+        self.handback = HandBack(
+            broker, index=self._index, tail=self._tail, reader=self._reader, leader=lambda: self.leader, clock=_now
+        )
+        parts = make_parts(
             Ground(
                 broker=broker,
                 settings=self.settings,
@@ -126,6 +141,7 @@ class Coordinator:
             ),
             states,
         )
+        self._parts = (*parts, self.handback)
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -162,6 +178,9 @@ class Coordinator:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
+        await self._subscribe(CONNECTED, self.handback.on_connected, "")
+        await self._subscribe(DISCONNECTED, self.handback.on_disconnected, "")
+        await self._subscribe(ctl(COORDINATOR, self.id), lambda _: None, "")
         await self.leader.start()
         await self._broker.flush()
 
@@ -439,6 +458,12 @@ def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
 def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
     body = {"error": {"type": type(error).__name__, "message": str(error)}}
     return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def new_id() -> str:
+    """An id for a coordinator in this process."""
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _now() -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
 from weft.core.retentionconf import Retention, read_retention
@@ -186,6 +187,7 @@ class MeshConfig:
     retention: Retention = field(default_factory=Retention)
     watchdog: WatchConfig = field(default_factory=WatchConfig)
     alerts: tuple[AlertTarget, ...] = ()
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -222,7 +224,8 @@ class _Reader(YamlReader):
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
         known = (
-            "name", "broker", "agents", "callers", "gateway", "schedules", "retention", "watchdog", "alerts",
+            "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
+            "alerts",
         )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
@@ -240,6 +243,7 @@ class _Reader(YamlReader):
             retention=read_retention(self, fields.get("retention")),
             watchdog=read_watchdog(self, fields.get("watchdog")),
             alerts=read_alerts(self, fields.get("alerts"), folder=folder),
+            coordinator=read_coordinator(self, fields.get("coordinator")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

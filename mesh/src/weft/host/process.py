@@ -26,7 +26,8 @@ from weft.core.supervise import Tasks
 from weft.host import progress
 from weft.host.agent import Agent
 from weft.host.loading import load_agent, load_bridge, load_executor
-from weft.host.replica import CLOSING, Replica
+from weft.host.replica import CLOSING, Replica, new_replica_id
+from weft_protocols import connections
 from weft_protocols.errors import BrokerError, InvalidConfig, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import DURABILITY, Durability
 
@@ -105,9 +106,11 @@ async def serve(agent: Agent, *, grace: float | None = None, home: Path | None =
         )
     agent.describe()  # an input that has no schema is an error now, not when the first caller looks
     seconds = grace if grace is not None else float(os.environ.get("WEFT_GRACE", "30"))
-    broker = await Broker.connect(settings, name=f"agent {agent.name}", timeout=15.0)
+    replica_id = new_replica_id()
+    name = connections.of_replica(agent.name, replica_id)
+    broker = await Broker.connect(settings, name=name, timeout=15.0)
     try:
-        replica = Replica(agent, broker, durability=_durability())
+        replica = Replica(agent, broker, durability=_durability(), replica_id=replica_id)
         background = Tasks(f"process of {agent.name}")
         process.leave_when_told(replica.stop)
         background.start(_report(replica), name="report to the coordinator")

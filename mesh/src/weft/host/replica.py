@@ -52,6 +52,11 @@ CLOSING: Final = 1.0
 """Seconds for handlers to end when there is nothing left to say."""
 
 
+def new_replica_id() -> str:
+    """An id for a replica in this process."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 class Replica:
     """Runs one agent on one connection until it is told to stop or its account is revoked."""
 
@@ -66,7 +71,7 @@ class Replica:
         self.agent = agent
         self.broker = broker
         self.mesh = Mesh(broker)
-        self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.id = replica_id or new_replica_id()
         self.durability = durability or DURABILITY["laptop"]
         self.counters = Counters()
         self.progress_within = agent.progress_within
