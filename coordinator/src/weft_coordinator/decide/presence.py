@@ -45,6 +45,10 @@ class Presence:
         """Take a sign of life."""
         self._heard[agent, replica] = heartbeat
 
+    def last(self, agent: str, replica: str) -> Heartbeat | None:
+        """What a replica last said of itself."""
+        return self._heard.get((agent, replica))
+
     def forget(self, agent: str, replica: str | None = None) -> None:
         """Forget a replica that left, or all of an agent."""
         for key in [key for key in self._heard if key[0] == agent and replica in (None, key[1])]:

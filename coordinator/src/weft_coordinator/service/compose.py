@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from weft_coordinator.service.locks import LockPart, Shared, Speaker
 from weft_coordinator.service.observe import Observer
 from weft_coordinator.service.operations import Operations
 from weft_coordinator.service.part import Part
+from weft_coordinator.service.routes import Routes
 from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.tree import Trees
@@ -94,6 +96,7 @@ def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
     """Every part. The first one that has an operation answers it."""
     return (
         ground.operations,
+        Routes(ground.store, ground.operations.presence, clock=ground.clock, random=random.random),
         *_history(ground),
         *_waits(ground, states),
         *_locks(ground, states),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from weft.host.chain import HOPS, MOST_HOPS
 from weft.host.retry import RetryPolicy
 from weft.host.signature import Signature
 from weft_protocols import subjects
@@ -53,6 +54,10 @@ class Agent:
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
             they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
+        weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
+        cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
+        max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
+        reentrant: whether a task of this agent may, further down its chain, delegate to this agent again.
         card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
             What it sets wins over what is declared here; where it lists skills, only those are shown.
         extended_card: what callers who ask for the extended card see over the card: the same form, skills are added.
@@ -74,6 +79,10 @@ class Agent:
         cancel_grace: float = 10.0,
         ordering: Literal["context"] | None = None,
         progress_within: float = 600.0,
+        weight: float = 1.0,
+        cost: float = 0.0,
+        max_hops: int = HOPS,
+        reentrant: bool = False,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -89,6 +98,12 @@ class Agent:
         if ordering not in ("context", None):
             raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
         self.ordering = ordering
+        self.weight = _at_least(0.0, weight, f"weight of agent {name}")
+        self.cost = _at_least(0.0, cost, f"cost of agent {name}")
+        self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")
+        if max_hops > MOST_HOPS:
+            raise InvalidConfig(f"max_hops of agent {name} is {max_hops}; a message has room for {MOST_HOPS}")
+        self.reentrant = reentrant
         self.card = card
         self.extended_card = extended_card
         self.skills: dict[str, Skill] = {}

@@ -8,16 +8,14 @@ nothing but its caller's name, which the broker proved.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from weft.host import values
-from weft_protocols import a2a, subjects
 from weft_protocols import headers as h
+from weft_protocols import subjects
 from weft_protocols.errors import A2AError, DelegationLoop, InvalidName, InvalidRequest
-from weft_protocols.parts import Part
 
 HOPS: Final = 8
 """Delegations from the root to a task, unless an agent says otherwise."""
@@ -49,7 +47,7 @@ class Chain:
         told, seen = headers.get("weft-chain", ""), headers.get("weft-seen", "")
         items: list[tuple[str, str]] = []
         for item in told.split(",") if told else ():
-            agent, slash, task = item.strip().partition("/")
+            agent, _, task = item.strip().partition("/")
             try:
                 subjects.check_token(agent, "agent")
                 subjects.check_task_id(task)
@@ -103,11 +101,9 @@ class Chain:
             )
 
 
-def call(caller: str, agent: str, *, skill: str, parts: Sequence[Part]) -> str:
-    """A short digest of a call: equal for equal calls of one caller."""
-    # Through A2A's own form, so that what was sent and what is received are the same.
-    plain = [a2a.part_from_proto(a2a.part_to_proto(part)) for part in parts]
-    return sha256(values.digest((caller, agent, skill, plain), {}).encode()).hexdigest()[:_DIGITS]
+def call(caller: str, agent: str, *, skill: str, digest: str) -> str:
+    """A short digest of a call with an input of that digest: equal for equal calls of one caller."""
+    return sha256(f"{caller}\0{agent}\0{skill}\0{digest}".encode()).hexdigest()[:_DIGITS]
 
 
 def received(headers: Mapping[str, str], *, caller: str, task: str, agent: str, max_hops: int, reentrant: bool) -> None:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
-from weft.host import values
+from weft.host import chain, values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
 from weft.host.retry import DEADLOCK
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.steps import call
 from weft.host.task import Task
-from weft_protocols import a2a, records
+from weft_protocols import a2a, budgets, records
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
@@ -82,6 +82,7 @@ async def _refused(run: Run) -> bool:
     try:
         a2a.check_version(work.headers.get("a2a-version", ""))
         run.agent.check_extensions(work.headers.get("a2a-extensions", ""))
+        _check_chain(run)
         parts = await content.expand(run.mesh.broker, work.request.message.parts)
         run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
@@ -99,6 +100,22 @@ async def _refused(run: Run) -> bool:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
         return True
     return False
+
+
+def _check_chain(run: Run) -> None:
+    """InvalidRequest for a chain that goes in circles, or a budget that cannot be read."""
+    headers = run.work.headers
+    if "weft-chain" in headers:
+        chain.received(
+            headers,
+            caller=run.work.caller,
+            task=run.task_id,
+            agent=run.agent.name,
+            max_hops=run.agent.max_hops,
+            reentrant=run.agent.reentrant,
+        )
+    if "weft-budget" in headers:
+        budgets.parse(headers["weft-budget"])
 
 
 async def _attempt(replica: Owner, run: Run) -> None:

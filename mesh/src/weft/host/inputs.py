@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
+import msgpack
 from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
@@ -333,8 +334,8 @@ class Inputs:
         broker, agent = self._replica.broker, self._replica.agent.name
         awaited = Awaited.parse(claim.waiting)
         if awaited is None:
-            asked = await broker.last(STREAM, _step(agent, task_id, f"{claim.waiting}-asked"))
-            if asked is None:
+            asked = await broker.last(STREAM, _step(agent, task_id, records.ASKING_KEY))
+            if asked is None or msgpack.unpackb(asked.data)["key"] != claim.waiting:
                 return _Meant.MESSAGE  # it waits for something else: the message comes in between
             return _Meant.ANSWER if given.sequence >= asked.seq else _Meant.NOTHING
         message_id = given.proto.message_id

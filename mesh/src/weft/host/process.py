@@ -187,6 +187,8 @@ def _registration(replica: Replica) -> dict[str, Any]:
         "pid": os.getpid(),
         "host": platform.node(),
         "slots": replica.slots.total,
+        "weight": replica.agent.weight,
+        "cost": replica.agent.cost,
         "code_digest": code_digest(replica.agent),
     }
 

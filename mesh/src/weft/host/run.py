@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 from a2a.types import a2a_pb2 as pb
 
@@ -206,6 +207,12 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often it made each call, by the call's digest."""
+    named: WeakKeyDictionary[Any, str | tuple[Any, ...]] | None = None
+    """Journal key of each delegation that the handler holds, and the work of each `gather`."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a question waits for its answer: one at a time."""
     deliveries: list[str] = field(default_factory=list)
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
@@ -258,6 +265,12 @@ class Run:
         if self.runner is not None and at_once:
             self.runner.cancel(f"task {self.task_id}: {stop.value}")
         return True
+
+    def name(self, work: Any, what: str | tuple[Any, ...]) -> None:
+        """Remember what a coroutine that the handler gets stands for, as long as there is one."""
+        if self.named is None:
+            self.named = WeakKeyDictionary()
+        self.named[work] = what
 
     def give(self, given: Input) -> None:
         """Take a follow-up that was delivered for this task."""
