@@ -206,6 +206,12 @@ def until_fixture() -> Callable[..., Any]:
     return until
 
 
+@pytest.fixture(scope="session")
+def project_class() -> type[Project]:
+    """For a mesh of a module's own."""
+    return Project
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     """An empty project folder."""

@@ -19,6 +19,11 @@ HANDED_BACK: Final = "handed-back"
 CHILDREN_KEY: Final = "_children"
 DEAD_LETTER_KEY: Final = "_dead"
 ANSWER_KEY: Final = "_ask"
+ASKING_KEY: Final = "_asking"
+ROUTE_KEY: Final = "_route"
+GATHER_KEY: Final = "_gather"
+ROLLBACK_KEY: Final = "_rollback"
+UNDO_KEY: Final = "_undo"
 SNAPSHOT_KEY: Final = "_task"
 TIMER_KEY: Final = "_sleep"
 MESSAGE_KEY: Final = "_message"
@@ -66,6 +71,8 @@ class Claim(_Record):
     """Key of the question a suspended task waits on."""
     at: int = 0
     """Unix milliseconds, for people; nothing is decided on it."""
+    gave_way: int = 0
+    """Attempts that ended because the task was chosen to break a deadlock. They are handed back and do not count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,24 +16,31 @@ from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
+from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler, Part
+from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.standing import Standing
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
-from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.files import StateFile
+from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.sources import Sources
+from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
@@ -78,26 +85,32 @@ class Coordinator:
         self._broker = broker
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
-        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._file = StateFile.take(self.settings.state or self.local.state)
+        self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self._copies = Copies(broker, self._projection.store)
+        self._tail = Tail(
+            broker,
+            self._reader,
+            self._projection,
+            self._copies,
+            dead_letter=self._on_dead_letter,
+            idle=self.settings.poll,
+        )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self._projection.store))
+        self._reads = Reads(broker, self._projection, self._tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
             tail=self._tail,
-            reader=tasks,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        self.handback = HandBack(
-            broker, index=self._index, tail=self._tail, reader=self._reader, leader=lambda: self.leader, clock=_now
-        )
-        self._parts: tuple[Part, ...] = (self._operations, self.handback, Standing(self._facts))
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(states.ledgers))
         self.leader = Leader(
             broker,
             self._decided,
@@ -107,6 +120,30 @@ class Coordinator:
             lead=self._on_lead,
             deposed=self._on_deposed,
         )
+        self.handback = HandBack(
+            broker, index=self._index, tail=self._tail, reader=self._reader, leader=lambda: self.leader, clock=_now
+        )
+        parts = make_parts(
+            Ground(
+                broker=broker,
+                settings=self.settings,
+                local=self.local,
+                reader=self._reader,
+                index=self._index,
+                projection=self._projection,
+                copies=self._copies,
+                tail=self._tail,
+                tasks=tasks,
+                operations=self._operations,
+                store=self._store,
+                leader=self.leader,
+                retention=self._retention,
+                clock=_now,
+            ),
+            states,
+        )
+        standing = Standing(self._facts, projection=lambda: self._operations.projection())
+        self._parts = (*parts, self.handback, standing)
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -129,6 +166,8 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
+        await self._projection.open()
+        await self._copies.open()
         await self._tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -150,10 +189,10 @@ class Coordinator:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises why the connection ended, if it ended for good."""
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(self._follow())
+            following = [group.create_task(self._follow()), group.create_task(self._keep())]
             waits = [group.create_task(stop.wait()), group.create_task(self._broker.closed.wait())]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in (following, *waits):
+            for task in (*following, *waits):
                 task.cancel()
         if self._broker.closed.is_set() and not stop.is_set():
             raise self._broker.failure or Unavailable("the connection to the broker was closed")
@@ -171,7 +210,10 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
+        await self._copies.close()
         await self._reader.close()
+        await self._projection.store.close()
+        self._file.release()
 
     @cached_property
     def _leader_operations(self) -> dict[str, Handler]:
@@ -190,10 +232,21 @@ class Coordinator:
     # Following ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        """Read the task stream on, at the tail's pace; what fails is tried again."""
+        while True:
+            await asyncio.sleep(self._tail.pause)
+            if not self._broker.connected:
+                continue
+            try:
+                await self._tail.sync()
+            except WeftError as error:
+                log.warning("could not read on: %s; trying again", error)
+
+    async def _keep(self) -> None:
+        """Everything else that is done every `beat` seconds and after every reconnect; what fails is tried again."""
         while True:
             try:
-                async with asyncio.timeout(self.settings.poll):
+                async with asyncio.timeout(self.settings.beat):
                     await self._again.wait()
             except TimeoutError:
                 pass
@@ -204,10 +257,11 @@ class Coordinator:
                 if self._doubtful:
                     await self._settle()
                     self._doubtful = False
-                await self._tail.sync()
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
+                for part in self._parts:
+                    part.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -265,6 +319,9 @@ class Coordinator:
             if one not in self.drift:
                 log.warning("drift: %s", one)
         return report
+
+    def _retention(self) -> Retention:
+        return self.settings.retention or self.local.retention()
 
     def _limit(self) -> int:
         """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""

@@ -183,7 +183,8 @@ class Leader:
             try:
                 async with asyncio.timeout(within):
                     await self._quiet.wait()
-                    await self._write_lease(Term("", self._clock()), seconds=1)
+                    # Longer than the lease before it, which would be the last one again once this one is removed.
+                    await self._write_lease(Term("", self._clock()), seconds=LEASE_SECONDS + 1)
             except (TimeoutError, WeftError) as error:
                 log.warning("the lease could not be let go of: %s", error)
             self._depose("it stops")

@@ -156,8 +156,9 @@ class StreamReader:
         # Writers choose all headers but those the broker appends, and even the status in the first line.
         stamp = headers.rfind(_STAMP)
         if stamp >= 0:
-            _, _, name, seq, time, *_ = (line.partition(b": ")[2] for line in headers[stamp:].split(b"\r\n"))
-            read.messages.append(Stored(name.decode(), int(seq), bytes(headers), bytes(data), time.decode()))
+            _, _, name, seq, time, *_ = headers[stamp:].split(b"\r\n")
+            seq, time = seq[15:], time[17:]  # behind "Nats-Sequence: " and "Nats-Time-Stamp: "
+            read.messages.append(Stored(name[14:].decode(), int(seq), bytes(headers), bytes(data), time.decode()))
             if read.single:
                 read.done.set_result(False)
             return

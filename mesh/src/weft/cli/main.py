@@ -32,6 +32,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "tasks": ("weft.cli.tasks", "List, show, watch and cancel tasks; show what they delegated."),
         "agents": ("weft.cli.agents", "List the agents, their skills and replicas; pin a card."),
         "card": ("weft.cli.card", "Check and print the card of an agent."),
+        "schedules": ("weft.cli.schedules", "List what starts by the clock, and when."),
     },
     "Operate": {
         "ps": ("weft.cli.ps", "List the processes of the mesh."),
@@ -39,6 +40,8 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "restart": ("weft.cli.restart", "Restart a process or, one by one, an agent's replicas."),
         "scale": ("weft.cli.scale", "Set an agent's number of replicas."),
         "locks": ("weft.cli.locks", "List locks and who waits for whom; take one away."),
+        "incidents": ("weft.cli.incidents", "List what is wrong, why, and what to run next."),
+        "dlq": ("weft.cli.dlq", "Inspect, redrive and discard dead letters."),
         "health": ("weft.cli.health", "Check broker, coordinator and agents."),
         "doctor": ("weft.cli.doctor", "Check this machine and this project."),
     },

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
-from weft.host import values
+from weft.host import chain, values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
+from weft.host.retry import DEADLOCK
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.steps import call
 from weft.host.task import Task
-from weft_protocols import a2a, records
+from weft_protocols import a2a, budgets, records
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
     Conflict,
-    DeadlineExceeded,
+    DeadlockError,
     Fail,
     Fenced,
     InvalidAgentResponse,
@@ -30,7 +32,6 @@ from weft_protocols.errors import (
     Reject,
     TooLarge,
     UsageError,
-    WeftError,
 )
 from weft_protocols.parts import Data, Message, Part, TaskView
 from weft_protocols.records import HANDED_BACK, SUSPENDED, DeadLetter
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from weft.host.turns import Turns
 
 log = logging.getLogger("weft.host")
-
-PAUSES: Final = (0.5, 2.0, 5.0, 15.0, 30.0)
-"""Seconds before the next attempt after one that raised."""
 
 
 async def execute(replica: Owner, run: Run) -> None:
@@ -84,18 +82,40 @@ async def _refused(run: Run) -> bool:
     try:
         a2a.check_version(work.headers.get("a2a-version", ""))
         run.agent.check_extensions(work.headers.get("a2a-extensions", ""))
+        _check_chain(run)
         parts = await content.expand(run.mesh.broker, work.request.message.parts)
         run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
         await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
         return True
+    if run.barred:
+        await run.finish(State.REJECTED, a2a.parts_of(run.barred))
+        return True
     if work.deadline is not None and work.deadline < time.time():
-        await run.finish(State.FAILED, a2a.parts_of("the deadline had passed before the task could start"))
+        late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
+        await run.cancel_children(late)
+        await run.finish(State.FAILED, a2a.parts_of(late))
         return True
     if run.tries > run.agent.attempts:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
         return True
     return False
+
+
+def _check_chain(run: Run) -> None:
+    """InvalidRequest for a chain that goes in circles, or a budget that cannot be read."""
+    headers = run.work.headers
+    if "weft-chain" in headers:
+        chain.received(
+            headers,
+            caller=run.work.caller,
+            task=run.task_id,
+            agent=run.agent.name,
+            max_hops=run.agent.max_hops,
+            reentrant=run.agent.reentrant,
+        )
+    if "weft-budget" in headers:
+        budgets.parse(headers["weft-budget"])
 
 
 async def _attempt(replica: Owner, run: Run) -> None:
@@ -156,7 +176,7 @@ async def _turn_failed(replica: Owner, run: Run, turns: Turns, *, error: Excepti
         await run.finish(State.FAILED, a2a.parts_of(error.message), error=error)
         replica.counters.failed += 1
         _settle(replica, run)
-    elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail) or _late(run, error):
+    elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail | DeadlockError) or _late(run, error):
         await _failed(replica, run, error)
         if _late(run, error) and run.conversation is not None:
             await run.conversation.over(run.agent.cancel_grace)
@@ -265,15 +285,31 @@ async def _raised(replica: Owner, run: Run, error: BaseException) -> None:
     """The handler raised: another attempt after a pause, or a dead letter when there are none left."""
     log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    final = isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded)
-    if final or run.tries >= run.agent.attempts:
+    if isinstance(error, DeadlockError) and run.claim.gave_way < DEADLOCK.attempts:
+        await _gave_way(replica, run, error)
+        return
+    policy = run.agent.retry
+    if policy.ends(error) or run.tries >= policy.attempts:
         await _give_up(run, f"failed after {run.tries} of {run.agent.attempts} attempts: {text}", error=text)
         replica.counters.failed += 1
         _settle(replica, run)
         return
-    pause = PAUSES[min(run.tries - 1, len(PAUSES) - 1)]
-    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.tries} failed ({text}); again in {pause:g} s"))
+    pause = policy.pause(run.tries, error, random=random.random())
+    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.tries} failed ({text}); again in {pause:.3g} s"))
     await run.log.settle()
+    for ack in run.deliveries:
+        replica.again(ack, pause)
+
+
+async def _gave_way(replica: Owner, run: Run, error: DeadlockError) -> None:
+    """The task was chosen to break a deadlock: it comes again after a pause, and this attempt does not count."""
+    times = run.claim.gave_way + 1
+    pause = DEADLOCK.pause(times, error, random=random.random())
+    await run.status(State.WORKING, a2a.parts_of(f"gave way in a deadlock ({error}); again in {pause:.3g} s"))
+    await run.log.settle()
+    run.log.closed = run.journal.closed = True
+    claim = replace(run.claim, state=HANDED_BACK, gave_way=times, at=time.time_ns() // 1_000_000)
+    await run.fence.write(claim)
     for ack in run.deliveries:
         replica.again(ack, pause)
 
@@ -343,7 +379,7 @@ async def force_cancel(replica: Owner, run: Run) -> None:
 
 
 async def _suspended(replica: Owner, run: Run) -> None:
-    """The task waits for an answer: it leaves memory, its claim says what wakes it."""
+    """The task only waits: it leaves memory, its claim says what for."""
     await run.log.settle()
     work = run.work
     if not run.claim.waiting:  # else it was suspended before, and has the record
@@ -351,6 +387,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
             work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
         )
         await run.journal.write(records.MESSAGE_KEY, message.encode())
+    await run.remember_said()
     run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)

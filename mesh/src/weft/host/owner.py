@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from weft.core.broker import Broker
+from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
-from weft_protocols.records import Claim
+from weft.host.waits import Observer
+from weft_protocols.records import Claim, Control
+
+if TYPE_CHECKING:
+    from weft.host.session import Session
 
 
 @dataclass(slots=True)
@@ -50,6 +54,21 @@ class Owner(Protocol):
     @property
     def live(self) -> dict[str, Run]:
         """Tasks it owns now, by id."""
+        ...
+
+    @property
+    def session(self) -> Session:
+        """Its locks and waits."""
+        ...
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Who is told of what its tasks wait for."""
+        ...
+
+    @property
+    def controls(self) -> dict[str, Callable[[Control, Delivered], None]]:
+        """Who takes a control message, by its `op`. Must not block."""
         ...
 
     @property

@@ -1,0 +1,60 @@
+"""Which finished tasks may leave the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from weft_coordinator.decide.index import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What holds a task in the stream."""
+
+    before: int
+    """Unix nanoseconds: tasks that ended later stay."""
+    stored: int
+    """Sequence up to which every coordinator has the stream in its file: what is beyond stays."""
+    held: Callable[[Entry], bool]
+    """Whether a finished task is still needed by another: its parent is at work and may ask for it again."""
+
+    def stays(self, entry: Entry) -> bool:
+        """Whether a task must stay."""
+        return not entry.ended or entry.last_time > self.before or entry.last > self.stored or self.held(entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The begin of a stream in which nothing has to stay."""
+
+    row: int
+    """The last task that is gone with it."""
+    until: int
+    """Sequence of the first message that stays; 0 if nothing can go."""
+    whole: bool
+    """Whether all tasks that were looked at can go."""
+
+
+def prefix(entries: Sequence[Entry], rule: Rule, *, all: bool) -> Prefix:
+    """How much of the stream can go at once.
+
+    Args:
+        entries: Tasks that follow each other, in the order of their first messages.
+        rule: What holds.
+        all: Whether these are the last ones there are.
+    """
+    row = last = 0
+    for entry in entries:
+        if rule.stays(entry):
+            return Prefix(row, min(entry.first, rule.stored + 1), whole=False)
+        row, last = entry.row, max(last, entry.last)
+    if not entries:
+        return Prefix(0, 0, whole=True)
+    # Behind the first message of the last one there may be those of others that follow, unless none do.
+    return Prefix(row, min((last if all else entries[-1].first) + 1, rule.stored + 1), whole=True)
+
+
+def single(entries: Sequence[Entry], rule: Rule) -> list[Entry]:
+    """Tasks that can go one by one, since others before them stay."""
+    return [entry for entry in entries if not rule.stays(entry)]
