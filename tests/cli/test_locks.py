@@ -59,7 +59,7 @@ def wait(agent: str, task: str, kind: str, target: str, holder: str) -> dict[str
 
 
 GRAPH = {
-    "nodes": [{"task": A, "agent": "analyst"}, {"task": B, "agent": "writer"}, {"task": C, "agent": "bank"}],
+    "nodes": [{"task": A, "agent": "analyst"}, {"task": B, "agent": ""}, {"task": C, "agent": "bank"}],
     "edges": [
         wait("analyst", A, "lock", "crm/acme", B),
         wait("writer", B, "child", C, C),
