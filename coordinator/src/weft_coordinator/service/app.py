@@ -31,6 +31,7 @@ from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.standing import Standing
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
@@ -148,7 +149,8 @@ class Coordinator:
             leader=self.leader,
             clock=_now,
         )
-        self._parts = (*make_parts(ground, self.states), self.archive, self.handback)
+        standing = Standing(self._facts, projection=lambda: self._operations.projection())
+        self._parts = (*make_parts(ground, self.states), self.archive, self.handback, standing)
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -356,6 +358,8 @@ class Coordinator:
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
             "parked": len(self.states.parked),
+            "handed_back": self.handback.handed_back,
+            "host": socket.gethostname(),
         }
 
     # Serving -----------------------------------------------------------------------------------

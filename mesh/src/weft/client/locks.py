@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from weft.client.coordinator import call
@@ -133,6 +133,11 @@ class WaitGraph:
         last = tuple(Deadlock.of(one) for one in found.get("last") or ())
         waiting = int(told.get("waiting", len({edge.task for edge in edges})))
         return WaitGraph(agents, edges, int(found.get("count", 0)), last, waiting)
+
+    def named(self, locks: Iterable[LockInfo]) -> WaitGraph:
+        """The same with the agents of those who hold locks, which need not wait for anything themselves."""
+        holders = {one.task: one.agent for lock in locks for one in lock.holders}
+        return replace(self, agents={task: agent or holders.get(task, "") for task, agent in self.agents.items()})
 
 
 async def locks(broker: Broker) -> tuple[tuple[LockInfo, ...], int]:
