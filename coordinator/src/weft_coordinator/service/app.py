@@ -28,7 +28,7 @@ from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler
+from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.standing import Standing
@@ -135,8 +135,21 @@ class Coordinator:
         self.handback = HandBack(
             broker, index=self._index, tail=self.tail, reader=self._reader, leader=lambda: self.leader, clock=_now
         )
+        self._parts = self._make_parts(tasks)
+        self._leading: list[Subscription] = []
+        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
+        self._gate = Gate(self.settings)
+        self._requests = Tasks(f"requests of coordinator {self.id}")
+        self._subscriptions: list[Subscription] = []
+        self._again = asyncio.Event()
+        self._doubtful = False
+        self._max_bytes: int | None = None
+        self._started = _now()
+        self._answered = 0
+
+    def _make_parts(self, tasks: TaskReader) -> tuple[Part, ...]:
         ground = Ground(
-            broker=broker,
+            broker=self._broker,
             settings=self.settings,
             local=self.local,
             reader=self._reader,
@@ -150,17 +163,7 @@ class Coordinator:
             clock=_now,
         )
         standing = Standing(self._facts, projection=lambda: self._operations.projection())
-        self._parts = (*make_parts(ground, self.states), self.archive, self.handback, standing)
-        self._leading: list[Subscription] = []
-        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
-        self._gate = Gate(self.settings)
-        self._requests = Tasks(f"requests of coordinator {self.id}")
-        self._subscriptions: list[Subscription] = []
-        self._again = asyncio.Event()
-        self._doubtful = False
-        self._max_bytes: int | None = None
-        self._started = _now()
-        self._answered = 0
+        return (*make_parts(ground, self.states), self.archive, self.handback, standing)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
