@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "Fail",
     "File",
     "Handle",
+    "Lock",
     "LockLost",
     "LockTimeout",
     "Mesh",

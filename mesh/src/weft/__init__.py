@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weft.client.reads import Page
     from weft.client.watch import Event
     from weft.host.agent import Agent
+    from weft.host.locking import Lock
     from weft.host.retry import RetryPolicy, StepOptions
     from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
@@ -49,6 +50,7 @@ _HOME = {
     "weft.client.reads": ("Page",),
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
+    "weft.host.locking": ("Lock",),
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
     "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
@@ -94,6 +96,7 @@ __all__ = [
     "Fail",
     "File",
     "Handle",
+    "Lock",
     "LockLost",
     "LockTimeout",
     "Mesh",
