@@ -41,6 +41,8 @@ PATROL: Final = 2_000
 """Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
+MAX_TOLD: Final = 100_000
+"""Waits of one replica that are known at a time; more are left out."""
 MAX_TARGETS: Final = 1_000
 SHOWN: Final = 500
 """Edges the operator is shown unless it asks for more."""
@@ -266,7 +268,7 @@ class Detector(Part):
             log.debug("waits of %s are not known: %s", key, error)
 
     def _take(self, key: Key, told: Iterable[_Told]) -> None:
-        if not self._leader.leading:
+        if not self._leader.leading or self.told_by(key) > MAX_TOLD:
             return
         tasks: dict[str, None] = {}
         for one in told:
