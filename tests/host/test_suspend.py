@@ -197,6 +197,30 @@ async def test_a_task_with_a_step_beside_its_wait_stays(mesh: BrokerMesh, caller
         assert (await handle.result()).text == "done"
 
 
+async def test_a_replica_that_leaves_does_not_wait_with_its_tasks(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """Fails if stopping takes as long as somebody's timer."""
+    agent = weft.Agent(unique("leaving"))
+
+    @agent.skill()
+    async def work(task: weft.Task) -> str:
+        await task.sleep(6.0)
+        return task.replica
+
+    async with running(mesh, agent, grace=30.0) as (first,), await caller.submit(agent.name, "go") as handle:
+        await eventually(lambda: first.owned and first.replica.live[handle.id].waits.all)
+        async with running(mesh, agent) as (second,):
+            async with asyncio.timeout(4):
+                await first.stop()
+            await eventually(lambda: second.owned)
+            await handle.cancel()
+            await settled(mesh, agent.name)
+            stored = await StoredTask.read(mesh, agent.name, handle.id)
+    stored.check()
+    assert set(stored.attempts) == {1}
+
+
 async def test_cancelling_a_task_that_left_memory_cancels_its_children(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
 ) -> None:

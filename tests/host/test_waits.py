@@ -5,22 +5,25 @@ import asyncio
 from weft.host.waits import Wait, Waits
 
 
+def states(waits: Waits) -> tuple[bool, bool]:
+    """Whether it only waits, and whether it may leave memory."""
+    return waits.idle, waits.parkable
+
+
 async def test_a_task_is_idle_while_something_waits_and_nothing_works() -> None:
     waits = Waits("t")
-    assert not waits.idle
+    assert states(waits) == (False, False)
     with waits.open("timer", key="_sleep", until=5.0) as wait:
-        assert waits.parkable
+        assert states(waits) == (True, True)
         assert (wait.key, wait.until, waits.all) == ("_sleep", 5.0, (wait,))
         with waits.working():
-            assert not waits.idle
+            assert states(waits) == (False, False)
         with waits.kept():
-            assert waits.idle
-            assert not waits.parkable
+            assert states(waits) == (True, False)
         with waits.open("lock", ("crm",)):
-            assert waits.idle
-            assert not waits.parkable
-        assert waits.parkable
-    assert not waits.idle
+            assert states(waits) == (True, False)
+        assert states(waits) == (True, True)
+    assert states(waits) == (False, False)
 
 
 async def test_observers_are_told_of_each_wait_and_every_change_counts() -> None:

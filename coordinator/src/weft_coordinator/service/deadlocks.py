@@ -21,9 +21,8 @@ from weft_coordinator.decide.locks import Request
 from weft_coordinator.decide.parked import Parked, ParkedTasks
 from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.deciding import Key, Shared
-from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
-from weft_protocols import subjects
-from weft_protocols.errors import CycleEdge, InvalidParams, PermissionDenied, WeftError
+from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part, operator_only
+from weft_protocols.errors import CycleEdge, InvalidParams, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -439,8 +438,7 @@ class Detector(Part):
 
     async def _show(self, body: Body, caller: str) -> dict[str, Any]:
         """Who waits for whom, and the last deadlocks."""
-        if caller != subjects.OPERATOR:
-            raise PermissionDenied(f"graph is for the operator of the mesh; connect with identity {subjects.OPERATOR}")
+        operator_only(caller, "graph")
         fields = Fields(body)
         limit = min(fields.number("limit", default=SHOWN), MAX_SHOWN)
         fields.check("graph")

@@ -19,9 +19,8 @@ from weft_coordinator.decide.locks import Ask, Request, changes
 from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.deciding import Key, Shared
-from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
-from weft_protocols import subjects
-from weft_protocols.errors import Fenced, InvalidParams, PermissionDenied, Unavailable, WeftError
+from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part, operator_only
+from weft_protocols.errors import Fenced, InvalidParams, Unavailable, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -357,7 +356,7 @@ class LockPart(Part):
 
     async def _show(self, body: Body, caller: str) -> dict[str, Any]:
         """Every lock that is held or waited for, by name."""
-        _operator_only(caller, "locks")
+        operator_only(caller, "locks")
         fields = Fields(body)
         limit = fields.number("limit", default=MAX_SHOWN)
         fields.check("locks")
@@ -383,7 +382,7 @@ class LockPart(Part):
 
     async def _release(self, body: Body, caller: str) -> dict[str, Any]:
         """Take a lock from its holders, or from one of them; they learn of it at their next use."""
-        _operator_only(caller, "lock-release")
+        operator_only(caller, "lock-release")
         fields = Fields(body)
         name, task = fields.text("name"), fields.text("task", default="") or None
         reason = fields.text("reason", limit=1000)
@@ -438,10 +437,3 @@ def _lease(request: Request) -> float:
 
 def _one(request: Request) -> dict[str, Any]:
     return {"agent": request.agent, "task": request.task, "replica": request.replica}
-
-
-def _operator_only(caller: str, operation: str) -> None:
-    if caller != subjects.OPERATOR:
-        raise PermissionDenied(
-            f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
-        )

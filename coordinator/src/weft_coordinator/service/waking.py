@@ -165,9 +165,13 @@ class Waking(Part):
 
     async def _listen(self) -> None:
         """Hear of children's ends as they are stored."""
-        if self._leader.leading:
-            live = subjects.GRAMMAR["live"]
-            await self._hints.listen(live.pattern(caller=agent) for agent in self._ledger.waiting_agents())
+        live = subjects.GRAMMAR["live"]
+
+        def wanted() -> list[str]:
+            agents = self._ledger.waiting_agents() if self._leader.leading else ()
+            return [live.pattern(caller=agent) for agent in agents]
+
+        await self._hints.listen(wanted)
 
     # Waking ------------------------------------------------------------------------------------
 

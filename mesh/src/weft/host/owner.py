@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
+from weft.host.pace import Paces
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
 from weft.host.waits import Observer
@@ -66,6 +67,11 @@ class Owner(Protocol):
     @property
     def counters(self) -> Counters:
         """What it did so far."""
+        ...
+
+    @property
+    def paces(self) -> Paces:
+        """How long its agent's skills take."""
         ...
 
     @property

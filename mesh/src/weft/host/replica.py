@@ -23,11 +23,13 @@ from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
 from weft.host import execute, takeover
 from weft.host.agent import Agent
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
+from weft.host.pace import Paces
 from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
 from weft.host.session import OPS, Session
@@ -52,6 +54,11 @@ CLOSING: Final = 1.0
 """Seconds for handlers to end when there is nothing left to say."""
 
 
+def new_replica_id() -> str:
+    """An id for a replica in this process."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 class Replica:
     """Runs one agent on one connection until it is told to stop or its account is revoked."""
 
@@ -66,9 +73,11 @@ class Replica:
         self.agent = agent
         self.broker = broker
         self.mesh = Mesh(broker)
-        self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.id = replica_id or new_replica_id()
         self.durability = durability or DURABILITY["laptop"]
         self.counters = Counters()
+        self.progress_within = agent.progress_within
+        """Seconds after which it reports a task in work that makes no progress."""
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
         self.draining = False
@@ -79,6 +88,8 @@ class Replica:
         """Told of what its tasks wait for."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.circuits = Circuits(agent.breaker)
+        self.paces = Paces()
         self.parking = Parking(self)
         self.observers.append(self.parking)
         self.queue = Queue(self)
@@ -142,7 +153,8 @@ class Replica:
                 await loop.stop()
         self.queue.leave()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
+            waits = run.log.last_state.interrupted or run.waits.parkable
+            if waits and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True
@@ -412,6 +424,7 @@ class Replica:
             settle=self.settle,
             threads=self.threads,
             session=self.session,
+            circuits=self.circuits,
             waits=Waits(work.task_id, observers=self.observers),
         )
         report.append(run.failed_write)

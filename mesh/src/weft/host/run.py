@@ -18,10 +18,12 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.core import blobs
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.held import Granting, Holding
 from weft.host.journal import Journal
 from weft.host.log import EventLog
+from weft.host.rollback import Rollback
 from weft.host.slots import SlotHold
 from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
@@ -187,6 +189,8 @@ class Run:
     """Where locks are asked for."""
     waits: Waits
     """What it waits for."""
+    circuits: Circuits
+    """Whom it may call."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
@@ -206,6 +210,10 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    rollback: Rollback | None = None
+    """What would be undone, once that is known."""
+    concluding: asyncio.Lock | None = None
+    """Held while its end is being written; then no cancel changes it any more."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often it made each call, by the call's digest."""
     named: WeakKeyDictionary[Any, str | tuple[Any, ...]] | None = None
@@ -232,6 +240,8 @@ class Run:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Steps whose body runs, by key, and since when: unix seconds."""
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -257,6 +267,8 @@ class Run:
         """Stop the handler at its next await, or leave that to the caller; False if it is being stopped already."""
         if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
             return False  # the event that ends the task is on its way already
+        if self.concluding is not None and stop is Stop.CANCEL:
+            return False  # it is being rolled back
         self.stop, self.stop_reason = stop, reason
         self.slot.leaving = True
         if self.runner is not None and at_once:
@@ -377,14 +389,19 @@ class Run:
         return await self.log.post(event)
 
     async def finish(
-        self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
+        self,
+        state: State,
+        parts: Sequence[Part] = (),
+        *,
+        error: A2AError | None = None,
+        dead: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write the terminal event; returns when it is stored."""
         extra: dict[str, str] = {}
-        metadata: dict[str, Any] | None = None
         if error is not None:
             extra[h.ERROR] = error.reason
-            metadata = {"weft.error": {"reason": error.reason, **error.metadata}}
+            metadata = {**(metadata or {}), "weft.error": {"reason": error.reason, **error.metadata}}
             if error.violations:
                 metadata["weft.error"]["violations"] = {v.field: v.description for v in error.violations}
         if dead:

@@ -11,11 +11,12 @@ from typing import Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import held, values
+from weft.host import held, progress, values
 from weft.host.delegation import Delegating
 from weft.host.locking import Locking
 from weft.host.retry import ONCE, RetryPolicy
 from weft.host.run import Run
+from weft.host.saga import Undoing
 from weft.host.steps import try_step
 from weft.host.waiting import Waiting
 from weft_protocols import a2a
@@ -25,7 +26,7 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Locking, Waiting):
+class Task(Delegating, Locking, Undoing, Waiting):
     """A task, as its handler sees it.
 
     Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from
@@ -184,7 +185,7 @@ class Task(Delegating, Locking, Waiting):
         if stored is not None:
             return await self._recorded(StepRecord.decode(stored.data), digest=digest, returns=returns)
         started = time.monotonic()
-        with run.waits.working():
+        with run.waits.working(), progress.step(run, key):
             result, tries = await try_step(key, fn, args=args, kwargs=kwargs, policy=policy, run=run)
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:
