@@ -36,7 +36,7 @@ AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
 """Tasks beside a circle that are asked as well, because those in it could go on if they did."""
-PATROL: Final = 2_000
+PATROL: Final = 500
 """Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
