@@ -36,10 +36,12 @@ AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
 """Tasks beside a circle that are asked as well, because those in it could go on if they did."""
-PATROL: Final = 2_000
+PATROL: Final = 500
 """Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
+MAX_TOLD: Final = 100_000
+"""Waits of one replica that are known at a time; more are left out."""
 MAX_TARGETS: Final = 1_000
 SHOWN: Final = 500
 """Edges the operator is shown unless it asks for more."""
@@ -265,7 +267,7 @@ class Detector(Part):
             log.debug("waits of %s are not known: %s", key, error)
 
     def _take(self, key: Key, told: Iterable[_Told]) -> None:
-        if not self._leader.leading:
+        if not self._leader.leading or self.told_by(key) > MAX_TOLD:
             return
         tasks: dict[str, None] = {}
         for one in told:
