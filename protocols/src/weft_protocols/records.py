@@ -19,6 +19,11 @@ HANDED_BACK: Final = "handed-back"
 CHILDREN_KEY: Final = "_children"
 DEAD_LETTER_KEY: Final = "_dead"
 ANSWER_KEY: Final = "_ask"
+ASKING_KEY: Final = "_asking"
+ROUTE_KEY: Final = "_route"
+GATHER_KEY: Final = "_gather"
+ROLLBACK_KEY: Final = "_rollback"
+UNDO_KEY: Final = "_undo"
 SNAPSHOT_KEY: Final = "_task"
 TIMER_KEY: Final = "_sleep"
 MESSAGE_KEY: Final = "_message"
@@ -66,6 +71,8 @@ class Claim(_Record):
     """Key of the question a suspended task waits on."""
     at: int = 0
     """Unix milliseconds, for people; nothing is decided on it."""
+    gave_way: int = 0
+    """Attempts that ended because the task was chosen to break a deadlock. They are handed back and do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,10 @@ class PushCursor(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Control(_Record):
-    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave."""
+    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave.
+
+    `ping` asks nothing: its sender is told by the broker when nobody listens.
+    """
 
     op: str
     subject: str = ""

@@ -12,8 +12,9 @@ import sys
 from weft.core import process
 from weft.core.broker import Broker
 from weft.core.config import ConnectionSettings, load_settings
-from weft_coordinator.service.app import Coordinator
+from weft_coordinator.service.app import Coordinator, new_id
 from weft_coordinator.service.settings import Settings
+from weft_protocols.connections import of_coordinator
 from weft_protocols.errors import WeftError
 
 IDENTITY = "coordinator"
@@ -25,11 +26,13 @@ async def serve(connection: ConnectionSettings, settings: Settings) -> None:
     """Connect, serve until a signal, drain."""
     stop = asyncio.Event()
     process.leave_when_told(stop.set)
-    broker = await Broker.connect(connection, name="coordinator")
+    id = new_id()
+    broker = await Broker.connect(connection, name=of_coordinator(id))
     try:
-        coordinator = Coordinator(broker, settings=settings)
+        coordinator = Coordinator(broker, settings=settings, id=id)
         try:
             await coordinator.start()
+            process.collect_seldom()
             print("ready", file=sys.stderr, flush=True)  # noqa: T201 - what its supervisor waits for
             await coordinator.run(stop)
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -23,16 +24,17 @@ from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
 from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler, Part
+from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
-from weft_coordinator.service.tree import Trees
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
-from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.projection import Projection
@@ -43,6 +45,8 @@ from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
 from weft_protocols import headers as h
+from weft_protocols.accounts import CONNECTED, DISCONNECTED
+from weft_protocols.connections import COORDINATOR
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
@@ -53,7 +57,7 @@ from weft_protocols.errors import (
     WeftError,
 )
 from weft_protocols.resources import topology
-from weft_protocols.subjects import GRAMMAR
+from weft_protocols.subjects import GRAMMAR, ctl
 
 log = logging.getLogger("weft.coordinator")
 
@@ -61,15 +65,17 @@ QUEUE: Final = "reads"
 """Queue group in which each read is answered by one replica."""
 OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
-EVERYWHERE: Final = ("heartbeat",)
+EVERYWHERE: Final = ("heartbeat", "coordinators")
 """Operations every replica hears."""
 
 
 class Coordinator:
     """One replica of the coordinator on one connection, which stays its owner's."""
 
-    def __init__(self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None) -> None:
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    def __init__(
+        self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None, id: str | None = None
+    ) -> None:
+        self.id = id or new_id()
         self.settings = settings or Settings()
         self.local = local or LocalMesh.of(broker.settings)
         self.drift: tuple[Drift, ...] = ()
@@ -97,7 +103,6 @@ class Coordinator:
         self._operations = Operations(
             index=self._index,
             tail=self.tail,
-            reader=tasks,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
@@ -115,15 +120,35 @@ class Coordinator:
             every=self.settings.archive_every,
         )
         self._operations.projection = self.archive.facts
-        self._parts: tuple[Part, ...] = (
-            self._operations,
-            self.archive,
-            Trees(self.projection, self.tail),
-        )
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        self.states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(self.states.ledgers))
         self.leader = Leader(
-            broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+            broker,
+            self._decided,
+            id=self.id,
+            clock=_now,
+            lease=self.settings.lease,
+            lead=self._on_lead,
+            deposed=self._on_deposed,
         )
+        self.handback = HandBack(
+            broker, index=self._index, tail=self.tail, reader=self._reader, leader=lambda: self.leader, clock=_now
+        )
+        ground = Ground(
+            broker=broker,
+            settings=self.settings,
+            local=self.local,
+            reader=self._reader,
+            index=self._index,
+            projection=self.projection,
+            tail=self.tail,
+            tasks=tasks,
+            operations=self._operations,
+            store=self._store,
+            leader=self.leader,
+            clock=_now,
+        )
+        self._parts = (*make_parts(ground, self.states), self.archive, self.handback)
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -160,6 +185,9 @@ class Coordinator:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
+        await self._subscribe(CONNECTED, self.handback.on_connected, "")
+        await self._subscribe(DISCONNECTED, self.handback.on_disconnected, "")
+        await self._subscribe(ctl(COORDINATOR, self.id), lambda _: None, "")
         await self.leader.start()
         await self._broker.flush()
 
@@ -237,7 +265,8 @@ class Coordinator:
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
-                self.archive.beat()
+                for part in self._parts:
+                    part.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -323,8 +352,10 @@ class Coordinator:
             "drift": [str(one) for one in self.drift],
             "role": "leader" if self.leader.leading else "standby",
             "leader": self.leader.term.leader,
+            "since": self.leader.term.since,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "parked": len(self.states.parked),
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -436,6 +467,12 @@ def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
 def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
     body = {"error": {"type": type(error).__name__, "message": str(error)}}
     return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def new_id() -> str:
+    """An id for a coordinator in this process."""
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _now() -> int:

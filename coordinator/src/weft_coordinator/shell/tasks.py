@@ -97,6 +97,13 @@ class TaskReader:
                 return [page[number] for number in sorted(page)]
             start = batch.messages[-1].seq + 1
 
+    async def creating(self, entry: Entry) -> Stored | None:
+        """The message that created a task; None if it is not known or gone."""
+        if not entry.created:
+            return None
+        subject = subjects.task(entry.agent, entry.slice, entry.caller, entry.task)
+        return await self._sources.of(entry).last(subject)
+
     async def dead_letter(self, entry: Entry) -> DeadLetter | None:
         """Why a task was given up; None if the record is gone."""
         key = subjects.step_token(records.DEAD_LETTER_KEY)
@@ -162,9 +169,9 @@ def _raws(stored: Iterable[Stored]) -> list[RawEvent]:
 
 
 def _said(stored: Stored) -> Said | None:
-    """A message of the caller's; None for a cancel and for what cannot be read."""
+    """A message of the caller's; None for a cancel, a wake and what cannot be read."""
     values = h.parse(stored.headers)
-    if values.get("a2a-method") == "CancelTask":
+    if values.get("a2a-method") in ("CancelTask", h.WAKE):
         return None
     try:
         request = a2a.decode(pb.SendMessageRequest, stored.data, values.get("content-type", h.PROTOBUF))
