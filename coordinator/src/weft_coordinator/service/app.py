@@ -120,9 +120,6 @@ class Coordinator:
             lead=self._on_lead,
             deposed=self._on_deposed,
         )
-        self.handback = HandBack(
-            broker, index=self._index, tail=self._tail, reader=self._reader, leader=lambda: self.leader, clock=_now
-        )
         parts = make_parts(
             Ground(
                 broker=broker,
@@ -142,8 +139,8 @@ class Coordinator:
             ),
             states,
         )
-        standing = Standing(self._facts, projection=lambda: self._operations.projection())
-        self._parts = (*parts, self.handback, standing)
+        self.handback = next(part for part in parts if isinstance(part, HandBack))
+        self._parts = (*parts, Standing(self._facts, projection=self._operations.projection))
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
