@@ -1,7 +1,9 @@
 """`mesh incidents` and `mesh dlq` on a mesh whose agent gives its tasks up until it is repaired."""
 
+import re
 import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -141,10 +143,9 @@ def suggested() -> list[str]:
     )
     agents = {f"a{n}": one for n, one in enumerate(seen)}
     found = findings(Observed(agents, (StreamSeen("MESH", 99, 100),), "no"), WatchConfig(), 2 * 10**6)
-    kinds = {one.kind for one in found}
-    assert kinds == {
-        "no-progress", "silent-replica", "retries", "crash-loop", "backlog", "dead-letters", "stream-full", "alerts",
-    }  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `([a-z-]+)` \| .* \| .* \|$", page.partition("| incident |")[2], re.MULTILINE)
+    assert {one.kind for one in found} == set(documented)
     return sorted({one.command for one in found})
 
 
@@ -169,3 +170,13 @@ def test_only_critical_incidents_make_a_mesh_unwell() -> None:
     assert (checks["incident 3"].status, checks["incident 4"].status) == (OK, DEGRADED)
     assert checks["incident 4"].next == "mesh incidents show 4"
     assert checks["incident 3"].detail == "warning: a"
+
+
+def test_doctor_says_what_alerts_need(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.write("alerts: [{url_env: NOBODYS_HOOK}]\n")
+    findings = {one["check"]: one for one in project.mesh("doctor", "-o", "json", code=None).json}
+    assert findings["alerts"]["status"] == "warning"
+    assert "NOBODYS_HOOK is empty" in findings["alerts"]["detail"]
+    monkeypatch.setattr("weft.core.watchconf.find_spec", lambda name: None)
+    findings = {one["check"]: one for one in project.mesh("doctor", "-o", "json", code=None).json}
+    assert (findings["alerts"]["status"], findings["alerts"]["fix"]) == ("failed", "pip install 'weft[alerts]'")

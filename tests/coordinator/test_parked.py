@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from weft.client import coordinator
 from weft.testing.agents import eventually
 from weft.testing.stored import StoredTask
-from weft_coordinator.decide.index import Entry
+from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.order import Order
 from weft_coordinator.decide.parked import WOKEN, Child, Parked, ParkedTasks, parse, reason
 from weft_protocols import headers as h
@@ -160,23 +160,29 @@ def test_a_request_that_is_wrong_is_refused_with_what_is_wrong(wrong: dict[str, 
 
 
 def test_the_order_of_a_context_is_that_of_acceptance_and_ends_leave_it() -> None:
-    order = Order()
-    entries = [Entry("worker", "local", f"t{n}", context="c" if n < 4 else "d", created=1) for n in range(6)]
-    for seq, one in enumerate(entries, 1):
-        order.created(one, seq)
-    assert order.before("worker", "c", 4) == ("t0", "t1", "t2")
-    assert order.before("worker", "c", 1) == ()
-    assert order.before("worker", "d", 6) == ("t4",)
-    assert order.before("other", "c", 9) == ()
+    index = TaskIndex()
+    entries = [
+        Entry("worker", "local", f"t{n}", context="c" if n < 4 else "d", created=1, first=n + 1) for n in range(6)
+    ]
+    index.adopt(entries[:2])
+    order = Order(index)
+    order.changed(entries[:1:-1])  # whatever the order in which they are told
+    assert order.before("worker", "c", "t3") == ("t0", "t1", "t2")
+    assert order.before("worker", "c", "t0") == ()
+    assert order.before("worker", "d", "t5") == ("t4",)
+    assert order.before("worker", "c", "t9") is None, "not read yet: what was accepted before it is not known"
+    assert order.before("other", "c", "t3") is None
     entries[1].state = int(State.CANCELED)
-    order.moved(entries[1])
-    assert order.before("worker", "c", 4) == ("t0", "t2")
+    order.changed(entries[1:2])
+    assert order.before("worker", "c", "t3") == ("t0", "t2")
+    assert order.before("worker", "c", "t1") == (), "it has ended itself"
+    index.clear()
+    index.adopt(entries[2:3])
+    assert order.before("worker", "c", "t2") == (), "the index was made anew"
     for one in entries:
         one.state = int(State.COMPLETED)
-        order.moved(one)
+    order.changed(entries)
     assert len(order) == 0
-    order.created(entries[0], 1)
-    assert len(order) == 0, "its end was read before its beginning"
 
 
 # On the broker -------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def episodes(run: Run, patience: int) -> list[tuple[int, int | None]]:
     return expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs)
 def test_an_incident_opens_and_clears_once_per_episode(run: Run) -> None:
     ledger, judge = Incidents(), Judge(60, since=0)
@@ -213,7 +213,7 @@ def test_an_incident_opens_and_clears_once_per_episode(run: Run) -> None:
     assert happened == episodes(run, 60)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs)
 def test_an_incident_gets_worse_at_once_and_better_only_after_a_while(run: Run) -> None:
     ledger, judge = Incidents(), Judge(60, since=0)
@@ -280,7 +280,7 @@ def _facts(one: Finding) -> dict[str, Any]:
     return facts(one)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(runs, st.lists(st.booleans(), min_size=60, max_size=60))
 def test_everybody_is_told_once_of_each_change_also_across_leaders(run: Run, deliveries: list[bool]) -> None:
     ledger, judge = Incidents(), Judge(60, since=0)

@@ -82,3 +82,13 @@ def test_an_address_in_place_of_its_variable_is_a_mistake_that_does_not_repeat_i
     with pytest.raises(InvalidConfig) as caught:
         parse("alerts: [{url_env: 'slack://token/secret'}]\n")
     assert "secret" not in str(caught.value)
+
+
+def test_the_documentation_names_every_limit_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in page.split("```yaml\n")]
+    (limits,) = [block for block in blocks if block.startswith("watchdog:")]
+    (targets,) = [block for block in blocks if block.startswith("alerts:")]
+    assert parse(limits).watchdog == WatchConfig()
+    assert [one.name for one in fields(WatchConfig) if f"{one.name}:" not in limits] == []
+    assert len(parse(targets).alerts) == 2

@@ -74,6 +74,23 @@ async def parent(task: weft.Task, child: str, skill: str = "echo", message: Any 
 
 
 @agent.skill()
+async def saga(task: weft.Task, effects: int, at: str) -> None:
+    """Effects, each with what undoes it; then it fails. One of the compensations waits at a gate."""
+    scratch.leave("start", task.id, task.attempt, os.getpid())
+    for n in range(effects):
+        await task.on_rollback(f"undo-{n}", undo, f"effect-{n}", at=at if n == 1 else "")
+        await task.step(f"effect-{n}", body, f"effect-{n}")
+    raise weft.Fail("no")
+
+
+async def undo(name: str, at: str, *, idempotency_key: str) -> None:
+    scratch.leave("undo", name, idempotency_key, os.getpid())
+    if at:
+        await scratch.passed(at)
+    scratch.leave("undone", name, idempotency_key, os.getpid())
+
+
+@agent.skill()
 def blocking(task: weft.Task, seconds: float) -> str:
     """A thread, which nothing can stop."""
     scratch.leave("start", task.id, task.attempt, os.getpid())

@@ -15,6 +15,7 @@ PUBLIC_NAMES = [
     "AgentNotFound",
     "Artifact",
     "Backpressure",
+    "BreakerPolicy",
     "CircuitOpen",
     "Data",
     "DeadlineExceeded",

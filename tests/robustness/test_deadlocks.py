@@ -200,7 +200,7 @@ async def test_whoever_waits_with_another_branch_that_goes_on_is_left_alone(fres
 
 
 async def test_a_wait_that_gives_up_by_itself_holds_nothing(fresh_mesh: BrokerMesh) -> None:
-    agent = weft.Agent("patient")
+    agent = weft.Agent("patient", reentrant=True)
 
     @agent.skill()
     async def hold(task: weft.Task) -> str:
@@ -225,3 +225,76 @@ async def test_a_wait_that_gives_up_by_itself_holds_nothing(fresh_mesh: BrokerMe
         assert "is not free" in view.text
         assert (await coordinator.call(operator, "locks"))["locks"] == []
         assert (await found(operator))["count"] == 0
+
+
+async def test_a_circle_through_a_task_that_left_memory_is_found(fresh_mesh: BrokerMesh) -> None:
+    """The one in the middle holds no lock, waits for its child, and is parked when the circle closes."""
+    go = asyncio.Event()
+    top, middle, bottom = weft.Agent("top"), weft.Agent("middle", suspend_after=0.05), weft.Agent("bottom")
+
+    @bottom.skill()
+    async def want(task: weft.Task) -> str:
+        await go.wait()
+        try:
+            async with task.lock("account", wait=None):
+                return "locked"
+        except DeadlockError as error:
+            return ", ".join(sorted(edge.agent for edge in error.cycle))
+
+    @middle.skill()
+    async def pass_on(task: weft.Task) -> str:
+        return (await task.delegate("bottom", "go")).text
+
+    @top.skill()
+    async def hold(task: weft.Task) -> str:
+        async with task.lock("account"):
+            return (await task.delegate("middle", "go")).text
+
+    async with stage(fresh_mesh, top, middle, bottom) as (caller, _, operator):
+        handle = await caller.submit("top", "go")
+
+        async def parked() -> bool:
+            edges = (await coordinator.call(operator, "graph"))["edges"]
+            return any(edge["wait"] == "parked" for edge in edges)
+
+        await eventually(parked)
+        go.set()
+        async with asyncio.timeout(30):
+            assert (await handle.result()).text == "bottom, middle, top"
+        assert (await found(operator))["count"] == 1
+
+
+async def test_whoever_waits_for_its_turn_behind_a_task_that_needs_it_is_refused_with_the_circle(
+    fresh_mesh: BrokerMesh,
+) -> None:
+    """An ordered agent's task holds a lock that another task of its context needs, which must end before it."""
+    inside = asyncio.Event()
+    ordered, holder = weft.Agent("ordered", ordering="context"), weft.Agent("holder")
+
+    @ordered.skill()
+    async def work(task: weft.Task) -> str:
+        if task.text == "second":
+            return "had its turn"
+        inside.set()
+        async with task.lock("account", wait=None):
+            return "locked"
+
+    @holder.skill()
+    async def hold(task: weft.Task) -> str:
+        async with task.lock("account"):
+            await inside.wait()
+            try:
+                return (await task.delegate("ordered", "second", context_id="shared")).text
+            except (DeadlockError, weft.TaskRejected) as error:
+                return f"{type(error).__name__}: {error}"
+
+    async with stage(fresh_mesh, ordered, holder) as (caller, process, operator):
+        second = await caller.submit("holder", "go")
+        await eventually(lambda: coordinator.call(operator, "locks"))
+        first = await caller.submit("ordered", "first", context_id="shared")
+        async with asyncio.timeout(30):
+            views = [await handle.result() for handle in (first, second)]
+        told = await found(operator)
+        assert {edge[2] for edge in told["last"][-1]["cycle"]} == {"lock", "child", "order"}
+        assert "its turn in its context" in await process.said("deadlock:")
+        assert views[0].text == "locked"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weft.client.reads import Page
     from weft.client.watch import Event
     from weft.host.agent import Agent
+    from weft.host.breaker import BreakerPolicy
     from weft.host.retry import RetryPolicy, StepOptions
     from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
@@ -49,6 +50,7 @@ _HOME = {
     "weft.client.reads": ("Page",),
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
+    "weft.host.breaker": ("BreakerPolicy",),
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
     "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
@@ -85,6 +87,7 @@ __all__ = [
     "AgentNotFound",
     "Artifact",
     "Backpressure",
+    "BreakerPolicy",
     "CircuitOpen",
     "Data",
     "DeadlineExceeded",

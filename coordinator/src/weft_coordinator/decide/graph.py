@@ -7,7 +7,7 @@ In short::
     core = graph.add(task, wait, agent=, need=, targets=[(kind, target), ...])     # everything else
     graph.put(task, wait, ...); graph.put(...); core = graph.check(task)           # several waits at once: check once
     graph.remove(task, wait); graph.ended(task)           # O(1); a removal needs no check, but see below
-    core = graph.check(task); cores = graph.sweep()
+    core = graph.check(task); cores = graph.patrol(2_000); cores = graph.sweep()   # one, the next ones, all
     core.cycle, core.waits, core.stuck, core.overtake     # see `Core`
     task = victim(core, {task: Facts(...)}, policy)       # `youngest`, `least-work`, `priority`
 
@@ -21,10 +21,11 @@ stuck if **every** one of its waits is: as long as one branch can go on, the tas
 - Nothing is invented: no wait of a stuck task has `need` targets outside the stuck ones. Whichever of them were to go
   on first would do so before what it needs; so none does, unless from outside (a victim, a time limit, a cancellation).
 - Nothing is missed: tasks that are free can end one after the other, in the order in which they came into the set.
-- Adding a wait makes nobody else stuck unless it makes its own task stuck: if the task is still free, every derivation
-  that used it holds. Somebody who became stuck by it leads to the task, and the task leads to him; so there is a circle
-  through it. A check walks forward from one task and is over if nothing leads back. Only if something does, and a wait
-  on the way would be content with less than all, it reduces what it walked over.
+- Adding a wait makes nobody stuck unless it makes its own task stuck: if that is still free, every derivation that used
+  it holds. If it is stuck, then by tasks that were so before (that deadlock was told when it came about), or by one
+  that became so just now and therefore leads back to it: there is a circle through it. So a check walks forward from
+  one task and is over if nothing leads back. Only if something does, and a wait on the way would be content with less
+  than all, it reduces what it walked over.
 
 What that asks of the caller:
 
@@ -37,6 +38,7 @@ What that asks of the caller:
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final, TypeAlias
 
 from weft_coordinator.decide.deadlock import LOCK, Core, Facts, Policy, victim
@@ -51,6 +53,9 @@ OUTSIDE: Final = "outside"
 """Kind of a target that never blocks: an answer, a timer, an approval, or a branch of the task that runs."""
 CAP: Final = 20_000
 """Nodes one check visits at most; what it leaves is found by `sweep`."""
+
+
+_LOCKS: Final = (LOCK,)
 
 
 class _Wait:
@@ -80,12 +85,17 @@ class WaitGraph:
         self._locks = locks
         self._cap = cap
         self._waits: dict[str, tuple[_Wait, ...]] = {}
+        self._awaited: dict[str, set[str]] = {}
+        """Who waits for a task, other than for a lock."""
+        self._round: list[str] = []
         self.unchecked: set[str] = set()
         """Tasks whose check reached the cap; `sweep` empties it."""
 
     def clear(self) -> None:
         """Forget everything."""
         self._waits.clear()
+        self._awaited.clear()
+        self._round.clear()
         self.unchecked.clear()
 
     def __len__(self) -> int:
@@ -98,7 +108,7 @@ class WaitGraph:
         """A request was queued: its task waits for it. A deadlock this closes, if any."""
         if not request.waits:
             return None
-        self._set(request.task, _Wait(request.request, request.agent, 1, (request,), (LOCK,)))
+        self._set(request.task, _Wait(request.request, request.agent, 1, (request,), _LOCKS))
         return self.check(request.task)
 
     def add(self, task: str, wait: str, *, agent: str, need: int, targets: Sequence[tuple[str, str]]) -> Core | None:
@@ -117,19 +127,44 @@ class WaitGraph:
 
     def _set(self, task: str, wait: _Wait) -> None:
         known = self._waits.get(task)
-        self._waits[task] = (wait,) if known is None else (*(w for w in known if w.wait != wait.wait), wait)
+        if known is not None:
+            self.remove(task, wait.wait)
+            known = self._waits.get(task)
+        self._waits[task] = (wait,) if known is None else (*known, wait)
+        if wait.kinds is not _LOCKS:
+            for node in wait.nodes:
+                if isinstance(node, str) and node:
+                    self._awaited.setdefault(node, set()).add(task)
 
     def remove(self, task: str, wait: str) -> None:
         """A wait is over; nothing if it is not known."""
-        left = tuple(w for w in self._waits.get(task, ()) if w.wait != wait)
+        known = self._waits.get(task)
+        if known is None:
+            return
+        left = tuple(w for w in known if w.wait != wait)
         if left:
             self._waits[task] = left
         else:
-            self._waits.pop(task, None)
+            del self._waits[task]
+        for w in known:
+            if w.wait == wait and w.kinds is not _LOCKS:
+                for node in w.nodes:
+                    if isinstance(node, str) and not any(node in other.nodes for other in left):
+                        self._forget(node, task)
 
     def ended(self, task: str) -> None:
         """A task ended: it waits for nothing and blocks nobody."""
-        self._waits.pop(task, None)
+        for wait in self._waits.pop(task, ()):
+            for node in wait.nodes:
+                if isinstance(node, str):
+                    self._forget(node, task)
+
+    def _forget(self, target: str, task: str) -> None:
+        tasks = self._awaited.get(target)
+        if tasks is not None:
+            tasks.discard(task)
+            if not tasks:
+                del self._awaited[target]
 
     # Looking up --------------------------------------------------------------------------------
 
@@ -145,7 +180,7 @@ class WaitGraph:
                     if isinstance(node, str):
                         yield wait.wait, CycleEdge(wait.agent, task, kind, node, node)
                     elif node.waits:
-                        for name, before in self._locks.before(node):
+                        for name, before in self._locks.named(node):
                             if isinstance(before, str):
                                 yield wait.wait, CycleEdge(wait.agent, task, kind, name, before)
 
@@ -153,33 +188,50 @@ class WaitGraph:
 
     def check(self, task: str) -> Core | None:
         """A deadlock through this task, if there is one."""
+        return self._check(task, self._cap)
+
+    def patrol(self, tasks: int) -> list[Core]:
+        """Check so many tasks that wait, each time the next ones, and all of `unchecked` without the cap.
+
+        A safety net in small pieces: every deadlock has a circle, and each task on it finds it.
+        """
+        found = {task: self._check(task, 1 << 62) for task in sorted(self.unchecked)}
+        self.unchecked.clear()
+        if not self._round:
+            self._round = list(self._waits)
+        turn, self._round = self._round[-tasks:], self._round[:-tasks]
+        found.update((task, self._check(task, self._cap)) for task in turn)
+        return [core for core in found.values() if core is not None]
+
+    def _check(self, task: str, cap: int) -> Core | None:
         if task not in self._waits:
             return None
+        back = self._leads_back(task, cap)
+        if back is False:
+            return None
         order, came = _start(task)
-        last = self._walk(order, came, goal=task)
+        last = self._walk(order, came, goal=task, cap=cap) if back else None
         if last is None:
-            self._capped(task, order)
+            if back is None or len(order) > cap:
+                self.unchecked.add(task)
             return None
         path = _path(task, last, came)
         if all(self._strict(node) for node in path):
             return self._core(path, _tasks(path))
-        order, came = _start(task)
-        self._walk(order, came)
-        if self._capped(task, order):
+        stuck = self._reduce([task], cap=cap)
+        if stuck is None:
+            self.unchecked.add(task)
             return None
-        stuck = self._reduce(order)
         if task not in stuck:
             return None
         order, came = _start(task)
-        last = self._walk(order, came, goal=task, within=stuck)
+        last = self._walk(order, came, goal=task, within=stuck, cap=cap)
         return None if last is None else self._core(_path(task, last, came), _tasks(stuck))
 
     def sweep(self) -> list[Core]:
         """Every deadlock there is, by reducing the whole graph: circles that share no task, and all that is stuck."""
         self.unchecked.clear()
-        order: list[Node] = list(self._waits)
-        self._walk(order, {node: node for node in order}, cap=False)
-        stuck = self._reduce(order)
+        stuck = self._reduce(list(self._waits), cap=1 << 62) or set()
         tasks = _tasks(stuck)
         ahead: dict[Node, Node] = {}
         rounds: dict[Node, int] = {}
@@ -188,7 +240,8 @@ class WaitGraph:
             node: Node = task
             while node not in rounds:
                 rounds[node] = n
-                node = ahead[node] = next(target for target in self._targets(node) if target in stuck)
+                ahead[node] = next(target for target in self._targets(node) if target in stuck)
+                node = ahead[node]
             if rounds[node] != n:
                 continue
             while not isinstance(node, str):  # queues alone make no circle: there is a task on it
@@ -199,18 +252,44 @@ class WaitGraph:
             found.append(self._core(path, tasks))
         return found
 
-    def _capped(self, task: str, order: list[Node]) -> bool:
-        if len(order) <= self._cap:
-            return False
-        self.unchecked.add(task)
-        return True
+    def _leads_back(self, task: str, cap: int) -> bool | None:
+        """Whether a circle through the task is possible; None at the cap.
+
+        It walks in turn to those who wait for the task and to what it waits for. One side may be a large tree or a long
+        queue where the other has a node or two; over is it when either has no more.
+        """
+        waits, awaited, behind = self._waits, self._awaited, self._locks.behind
+        ahead: list[Node] = [task]
+        seen: set[Node] = {task}
+        back = {task}
+        for n, waited in enumerate(backward := [task]):  # both grow
+            others = behind(waited)
+            for waiter in chain(awaited.get(waited, ()), others) if others else awaited.get(waited, ()):
+                if waiter in seen:
+                    return True
+                if waiter not in back:
+                    back.add(waiter)
+                    backward.append(waiter)
+            if n + 1 == len(backward):
+                return False
+            for target in self._targets(ahead[n]):
+                if target in back:
+                    return True
+                if target not in seen and (target in waits or not isinstance(target, str)):
+                    seen.add(target)
+                    ahead.append(target)
+            if n + 1 == len(ahead):
+                return False
+            if n > cap:
+                return None
+        return False
 
     def _targets(self, node: Node) -> Sequence[Node]:
         """What a node waits for, in all of its waits; nothing for one that does not wait."""
         if isinstance(node, str):
             waits = self._waits.get(node, ())
             return waits[0].nodes if len(waits) == 1 else [target for wait in waits for target in wait.nodes]
-        return [before for _, before in self._locks.before(node)] if node.waits else ()
+        return self._locks.before(node) if node.waits else ()
 
     def _strict(self, node: Node) -> bool:
         """Whether it is stuck as soon as one of its targets is."""
@@ -224,15 +303,15 @@ class WaitGraph:
         order: list[Node],
         came: dict[Node, Node],
         *,
-        goal: str | None = None,
+        goal: str,
         within: Container[Node] | None = None,
-        cap: bool = True,
+        cap: int,
     ) -> Node | None:
-        """Visit what can be reached and waits, nearest first, until a node waits for the goal: that one, else None.
+        """Visit what can be reached, nearest first, until a node waits for the goal: that one; None if none does.
 
         `order` grows by what is visited, `came` says from where. It stops with more than `cap` nodes in `order`.
         """
-        waits, limit = self._waits, self._cap if cap else len(order) + (1 << 62)
+        waits = self._waits
         for node in order:
             for target in self._targets(node):
                 if target == goal:
@@ -242,35 +321,43 @@ class WaitGraph:
                 if within is None or target in within:
                     came[target] = node
                     order.append(target)
-            if len(order) > limit:
+            if len(order) > cap:
                 return None
         return None
 
-    def _reduce(self, order: list[Node]) -> set[Node]:
-        """The stuck ones among nodes beyond which nothing waits."""
+    def _reduce(self, order: list[Node], *, cap: int) -> set[Node] | None:
+        """The stuck ones among some nodes and all they wait for; None at the cap."""
+        waits = self._waits
         stuck = set(order)
         owners: list[Node] = []
         left: list[int] = []
         awaited: dict[Node, list[int]] = {}
         free: list[Node] = []
-        for node in order:
+        for node in order:  # grows
+            if len(order) > cap:
+                return None
             for need, targets in self._needs(node):
-                inside = [target for target in targets if target in stuck]
-                need -= len(targets) - len(inside)
+                number = len(left)
+                for target in targets:
+                    if target not in stuck:
+                        if target not in waits and isinstance(target, str):
+                            need -= 1
+                            continue
+                        stuck.add(target)
+                        order.append(target)
+                    awaited.setdefault(target, []).append(number)
+                owners.append(node)
+                left.append(need)
                 if need <= 0:
                     free.append(node)
                     break
-                for target in inside:
-                    awaited.setdefault(target, []).append(len(left))
-                owners.append(node)
-                left.append(need)
         stuck.difference_update(free)
         for node in free:  # grows
-            for i in awaited.get(node, ()):
-                left[i] -= 1
-                if not left[i] and owners[i] in stuck:
-                    stuck.discard(owners[i])
-                    free.append(owners[i])
+            for number in awaited.get(node, ()):
+                left[number] -= 1
+                if not left[number] and owners[number] in stuck:
+                    stuck.discard(owners[number])
+                    free.append(owners[number])
         return stuck
 
     def _needs(self, node: Node) -> list[tuple[int, Sequence[Node]]]:
@@ -297,7 +384,7 @@ class WaitGraph:
                 edge, name = CycleEdge(wait.agent, node, kind, target, target), wait.wait
             else:
                 holder = target if isinstance(target, str) else target.task
-                lock = next(name for name, before in self._locks.before(node) if before == target)
+                lock = next(name for name, before in self._locks.named(node) if before == target)
                 edge, name = CycleEdge(node.agent, node.task, LOCK, lock, holder), node.request
                 if self._locks.may_overtake(node):
                     overtake[(node.agent, node.request)] = None

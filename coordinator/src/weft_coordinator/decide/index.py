@@ -135,13 +135,12 @@ class TaskIndex:
 
     def __init__(self, keep: int = 10_000) -> None:
         self._keep = keep
-        self.generation = 0
-        """Grows when tasks came into memory or left it in another way than by their messages."""
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.generation += 1
+        self.age = object()
+        """Another one whenever what is here is not what was here before, and more."""
         self._tasks: dict[str, tuple[Entry, ...]] = {}
         self._children: dict[tuple[str, str], dict[Entry, None]] = {}
         self._finished: deque[Entry] = deque()
@@ -163,9 +162,9 @@ class TaskIndex:
 
     def become(self, other: TaskIndex) -> None:
         """Be what another index is, which must not be used afterwards. Entries of before are then out of date."""
-        keep, generation = self._keep, max(self.generation, other.generation)
+        keep = self._keep
         self.__dict__.update(other.__dict__)
-        self._keep, self.generation = keep, generation + 1
+        self._keep = keep
 
     def __len__(self) -> int:
         return self.states.total()
@@ -223,7 +222,6 @@ class TaskIndex:
 
     def adopt(self, entries: Iterable[Entry]) -> None:
         """Take tasks as they are in the file into memory. They are counted already."""
-        self.generation += 1
         for entry in entries:
             if self._exact(entry.caller, entry.agent, entry.task) is not None:
                 continue

@@ -37,8 +37,11 @@ The rules:
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import attrgetter
 from typing import Any, Final
 
 from weft_coordinator.decide.ledger import Event
@@ -137,29 +140,64 @@ class Locks:
 
     def ahead(self, request: Request) -> int:
         """How many requests wait before this one, where most do."""
-        return max(
-            (sum(r.number < request.number for r in self.view(name)[1]) for name in request.names),
-            default=0,
-        )
+        before = 0
+        for name in request.names:
+            lock = self._names.get(name)
+            if lock is not None and request.state == WAITING and not _later(lock, request.number):
+                before = max(before, lock.waiting - 1)
+            elif lock is not None:
+                before = max(before, sum(r.number < request.number for r in _queue(lock)))
+        return before
 
     def victims(self, task: str) -> int:
         """How often a task gave way in a deadlock."""
         return self._victims.get(task, 0)
 
-    def before(self, request: Request) -> list[tuple[str, str | Request]]:
+    def before(self, request: Request) -> list[str | Request]:
         """What a waiting request waits for: all of it must end or let go.
 
         A task holds the name in the way of the request, or is before it in the queue; a request is before it, and has
         to be granted first. Only the nearest ones of a queue are told: those before them are theirs.
         """
-        found: list[tuple[str, str | Request]] = []
+        found: list[str | Request] = []
         for name in request.names:
-            lock = self._names[name]
-            found += [(name, r.task) for r in lock.holders if _in_the_way(r, request, lock)]
-            if not (request.chain and _covered(request, lock)):
-                for r in _nearest(lock, request):
-                    found.append((name, r))
-                    found.append((name, r.task))
+            found += self._before(request, self._names[name])
+        return found
+
+    def named(self, request: Request) -> list[tuple[str, str | Request]]:
+        """The same, each with the name of the lock."""
+        return [(name, node) for name in request.names for node in self._before(request, self._names[name])]
+
+    def behind(self, task: str) -> Iterable[str]:
+        """Tasks that wait for what a task holds, or behind it in a queue: at least all for which `before` tells it."""
+        requests = self._tasks.get(task)
+        return self._behind(requests) if requests is not None else ()
+
+    def _behind(self, requests: list[Request]) -> Iterator[str]:
+        for request in requests:
+            for name in request.names:
+                lock = self._names[name]
+                if not lock.waiting:
+                    continue
+                number = -1 if request.state == HELD else request.number
+                for queue in (lock.exclusive, lock.shared if request.exclusive else None):
+                    if queue and queue[-1].number > number:
+                        for r in islice(queue, bisect_right(queue, number, key=_number), None):
+                            if r.state == WAITING:
+                                yield r.task
+
+    def _before(self, request: Request, lock: _Name) -> list[str | Request]:
+        if request.chain:
+            found: list[str | Request] = [r.task for r in lock.holders if _in_the_way(r, request, lock)]
+            if _covered(request, lock):
+                return found
+        elif request.exclusive or lock.writers:
+            found = [r.task for r in lock.holders]
+        else:
+            found = []
+        if lock.waiting > 1:
+            for r in _nearest(lock, request):
+                found += (r, r.task)
         return found
 
     # Deciding ----------------------------------------------------------------------------------
@@ -189,8 +227,6 @@ class Locks:
             (ask.agent, ask.replica, ask.task, ask.request, ask.claim, ask.names, ask.mode == "exclusive", chain,
              ask.lease, ask.priority, ask.work, ask.created)
         )  # fmt: skip
-        if not stale and not self._reentrants(new.names):
-            return [((TAKEN if self._clear(new) else ASKED), *new.fields())]
         return self._free([(r, (FREED, r.agent, r.request, "superseded")) for r in stale], new=new)
 
     def release(self, agent: str, request: str, *, claim: int) -> list[Event]:
@@ -320,17 +356,17 @@ class Locks:
                 self._leave(r)
                 touched += r.names
             if first is not None:
-                self._take(first, taken, touched)
+                self._take(first, taken)
             done = len(taken)
-            for name in touched:  # grows: a grant lets those in who re-enter it
-                lock = self._names[name]
-                if lock.waiting:
-                    self._promote(lock, taken, touched)
+            for name in touched:
+                if self._names[name].waiting:
+                    self._promote(self._names[name], taken)
             if len(taken) - done > 1:
                 taken[done:] = sorted(taken[done:], key=_number)
+            self._reenter([*touched, *(name for r in taken for name in r.names)], taken)
             events += [(GRANTED, r.agent, r.request) for r in taken]
             if new is not None:
-                events += self._admit(new)
+                events.append((TAKEN if self._clear(new) else ASKED, *new.fields()))
             return events
         finally:
             for r in reversed(taken):
@@ -341,45 +377,29 @@ class Locks:
                     self._hold(r)
                 r.state = state
 
-    def _admit(self, new: Request) -> list[Event]:
-        """Decide on a new request, and on those that wait to re-enter what it is granted."""
-        if not self._clear(new):
-            return [(ASKED, *new.fields())]
-        fresh = [name for name in new.names if name not in self._names]
-        taken: list[Request] = []
-        touched: list[str] = []
-        for name in fresh:
-            self._names[name] = _Name()
-        try:
-            self._take(new, taken, touched)
-            for name in touched:
-                if self._names[name].waiting:
-                    self._promote(self._names[name], taken, touched)
-            later = sorted(taken[1:], key=_number)
-            return [(TAKEN, *new.fields()), *((GRANTED, r.agent, r.request) for r in later)]
-        finally:
-            for r in reversed(taken):
-                self._leave(r)
-                r.state = WAITING
-            for name in fresh:
-                del self._names[name]
-
-    def _promote(self, lock: _Name, taken: list[Request], touched: list[str]) -> None:
-        """Grant what is first in the queue of a lock, as far as it can be granted everywhere."""
+    def _promote(self, lock: _Name, taken: list[Request]) -> None:
+        """Grant what is first in the queue of a lock and can be granted everywhere, but for re-entrant requests."""
         writer = _first(lock.exclusive)
         if lock.shared and not lock.writers:
             limit = writer.number if writer is not None else NEW
             for r in lock.shared:
                 if r.number > limit:
                     break
-                if r.state == WAITING and self._clear(r):
-                    self._take(r, taken, touched)
-        if writer is not None and not lock.holders and self._clear(writer):
-            self._take(writer, taken, touched)
-        if lock.chained:
-            for r in _queue(lock):
-                if r.chain and r.state == WAITING and self._clear(r):
-                    self._take(r, taken, touched)
+                if r.state == WAITING and not r.chain and self._clear(r):
+                    self._take(r, taken)
+        if writer is not None and not lock.holders and not writer.chain and self._clear(writer):
+            self._take(writer, taken)
+
+    def _reenter(self, names: list[str], taken: list[Request]) -> None:
+        """Grant re-entrant requests, one by one: what one is granted lets others in or keeps them out."""
+        while True:
+            locks = [self._names[name] for name in dict.fromkeys(names) if self._names[name].chained]
+            waiting = sorted({r for lock in locks for r in _queue(lock) if r.chain}, key=_number)
+            request = next((r for r in waiting if self._clear(r)), None)
+            if request is None:
+                return
+            self._take(request, taken)
+            names += request.names
 
     def _clear(self, request: Request) -> bool:
         """Whether it can be granted: by the holders and by who came before, on each of its names."""
@@ -403,13 +423,9 @@ class Locks:
                         return False
         return True
 
-    def _reentrants(self, names: tuple[str, ...]) -> bool:
-        return any(name in self._names and self._names[name].chained for name in names)
-
-    def _take(self, request: Request, taken: list[Request], touched: list[str]) -> None:
+    def _take(self, request: Request, taken: list[Request]) -> None:
         self._hold(request)
         taken.append(request)
-        touched += [name for name in request.names if self._names[name].chained]
 
     # Folding -----------------------------------------------------------------------------------
 
@@ -528,8 +544,15 @@ class Locks:
                     lock.shared = kept
 
     def _insert(self, request: Request) -> None:
-        self._requests.setdefault(request.agent, {})[request.request] = request
-        self._tasks.setdefault(request.task, []).append(request)
+        requests = self._requests.get(request.agent)
+        if requests is None:
+            requests = self._requests[request.agent] = {}
+        requests[request.request] = request
+        tasks = self._tasks.get(request.task)
+        if tasks is None:
+            self._tasks[request.task] = [request]
+        else:
+            tasks.append(request)
         self._sessions.setdefault((request.agent, request.replica), {})[request] = None
 
     def _remove(self, request: Request) -> None:
@@ -583,8 +606,7 @@ class Locks:
             self._hold(request)
 
 
-def _number(request: Request) -> int:
-    return request.number
+_number = attrgetter("number")
 
 
 def _row(row: list[Any]) -> int:
@@ -615,21 +637,30 @@ def _queue(lock: _Name) -> list[Request]:
     return waiting
 
 
-def _nearest(lock: _Name, request: Request) -> Iterator[Request]:
+def _later(lock: _Name, number: int) -> bool:
+    """Whether somebody may wait who came later."""
+    return any(queue[-1].number > number for queue in (lock.exclusive, lock.shared) if queue)
+
+
+def _nearest(lock: _Name, request: Request) -> list[Request]:
     """Requests before this one in the queue that exclude it, back to the nearest exclusive one."""
-    writer: Request | None = None
-    for r in reversed(lock.exclusive or ()):
-        if r.number < request.number and r.state == WAITING:
-            writer = r
-            break
-    if request.exclusive:
-        for r in reversed(lock.shared or ()):
-            if writer is not None and r.number < writer.number:
+    found: list[Request] = []
+    since = -1
+    queue = lock.exclusive
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+                since = queue[i].number
                 break
-            if r.number < request.number and r.state == WAITING:
-                yield r
-    if writer is not None:
-        yield writer
+    queue = lock.shared if request.exclusive else None
+    if queue and queue[0].number < request.number:
+        for i in range(bisect_left(queue, request.number, key=_number) - 1, -1, -1):
+            if queue[i].number < since:
+                break
+            if queue[i].state == WAITING:
+                found.append(queue[i])
+    return found
 
 
 def _upgrade(task: str, name: str) -> str:

@@ -22,6 +22,7 @@ from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
+from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
@@ -86,31 +87,33 @@ class Coordinator:
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
         self._file = StateFile.take(self.settings.state or self.local.state)
-        self._projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
-        self._copies = Copies(broker, self._projection.store)
-        self._tail = Tail(
+        self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self.copies = Copies(broker, self.projection.store)
+        self.tail = Tail(
             broker,
             self._reader,
-            self._projection,
-            self._copies,
+            self.projection,
+            self.copies,
             dead_letter=self._on_dead_letter,
             idle=self.settings.poll,
         )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(Sources(self._reader, self._projection.store))
-        self._reads = Reads(broker, self._projection, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self.projection.store))
+        self._reads = Reads(broker, self.projection, self.tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
-            tail=self._tail,
+            tail=self.tail,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        states = States()
-        self._decided = DecidedLog(broker, self._reader, Ledgers(states.ledgers))
+        self.archive = self._make_archive(broker)
+        self._operations.projection = self.archive.facts
+        self.states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(self.states.ledgers))
         self.leader = Leader(
             broker,
             self._decided,
@@ -120,27 +123,23 @@ class Coordinator:
             lead=self._on_lead,
             deposed=self._on_deposed,
         )
-        parts = make_parts(
-            Ground(
-                broker=broker,
-                settings=self.settings,
-                local=self.local,
-                reader=self._reader,
-                index=self._index,
-                projection=self._projection,
-                copies=self._copies,
-                tail=self._tail,
-                tasks=tasks,
-                operations=self._operations,
-                store=self._store,
-                leader=self.leader,
-                retention=self._retention,
-                clock=_now,
-            ),
-            states,
+        ground = Ground(
+            broker=broker,
+            settings=self.settings,
+            local=self.local,
+            reader=self._reader,
+            index=self._index,
+            projection=self.projection,
+            tail=self.tail,
+            tasks=tasks,
+            operations=self._operations,
+            store=self._store,
+            leader=self.leader,
+            clock=_now,
         )
+        parts = make_parts(ground, self.states)
         self.handback = next(part for part in parts if isinstance(part, HandBack))
-        self._parts = (*parts, Standing(self._facts, projection=self._operations.projection))
+        self._parts = (*parts, self.archive, Standing(self._facts, projection=self.archive.facts))
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -151,6 +150,18 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
+
+    def _make_archive(self, broker: Broker) -> Archive:
+        return Archive(
+            broker,
+            self.projection,
+            self.tail,
+            self.copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+            every=self.settings.archive_every,
+        )
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
@@ -163,9 +174,9 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
-        await self._projection.open()
-        await self._copies.open()
-        await self._tail.sync()
+        await self.projection.open()
+        await self.copies.open()
+        await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
         if self._index.dead:
@@ -207,9 +218,9 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
-        await self._copies.close()
+        await self.copies.close()
         await self._reader.close()
-        await self._projection.store.close()
+        await self.projection.store.close()
         self._file.release()
 
     @cached_property
@@ -231,11 +242,11 @@ class Coordinator:
     async def _follow(self) -> None:
         """Read the task stream on, at the tail's pace; what fails is tried again."""
         while True:
-            await asyncio.sleep(self._tail.pause)
+            await asyncio.sleep(self.tail.pause)
             if not self._broker.connected:
                 continue
             try:
-                await self._tail.sync()
+                await self.tail.sync()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
 
@@ -300,7 +311,7 @@ class Coordinator:
 
     def _on_reconnect(self) -> None:
         """The server may have lost its last writes, or its streams."""
-        self._tail.doubt()
+        self.tail.doubt()
         self._store.doubt()
         if not self.leader.leading:
             self._decided.doubt()
@@ -347,6 +358,7 @@ class Coordinator:
             "since": self.leader.term.since,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "parked": len(self.states.parked),
             "handed_back": self.handback.handed_back,
             "host": socket.gethostname(),
         }

@@ -26,9 +26,7 @@ from weft_protocols.subjects import GRAMMAR
 
 log = logging.getLogger("weft.coordinator")
 
-EVERY: Final = 10.0
-"""Seconds between two rounds while the stream is not too large."""
-LOOK: Final = 2000
+LOOK: Final = 4000
 """Tasks looked at in one step of a round."""
 STEPS: Final = 25
 """Steps of one round at most; the next one goes on."""
@@ -46,6 +44,7 @@ class Archive(Part):
         retention: How long tasks stay; asked at every round.
         leading: Whether this coordinator may remove anything.
         grace: Seconds from a task's end in which it stays in any case, so that who follows it sees its end.
+        every: Seconds between two rounds while the stream is not too large.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class Archive(Part):
         retention: Callable[[], Retention],
         leading: Callable[[], bool],
         grace: float = 10.0,
+        every: float = 10.0,
     ) -> None:
         self._broker = broker
         self._projection = projection
@@ -66,13 +66,12 @@ class Archive(Part):
         self._retention = retention
         self._leading = leading
         self._grace = grace
+        self._every = every
         self._tasks = Tasks("archive")
         self._clear()
         self._ticked = 0.0
         self._last: Retention | None = None
         self._rebuild: dict[str, Any] = {"running": False, "began": 0, "seconds": 0.0, "error": ""}
-        self.round_done = asyncio.Event()
-        """Set after each round."""
 
     def _clear(self) -> None:
         self._row = -1
@@ -100,7 +99,7 @@ class Archive(Part):
         # Who was away that long does not know who else is there.
         if late or len(self._tasks) or at < self._next:
             return
-        self._next = at + EVERY
+        self._next = at + self._every
         self._tasks.start(self._round(now), name="retention")
 
     async def _round(self, now: int) -> None:
@@ -108,8 +107,6 @@ class Archive(Part):
             await self.run(now)
         except WeftError as error:
             log.warning("finished tasks stay in the stream: %s; trying again", error)
-        finally:
-            self.round_done.set()
 
     async def run(self, now: int) -> None:
         """Remove what may leave at `now`, unix milliseconds."""
@@ -159,15 +156,18 @@ class Archive(Part):
 
     async def _leave(self, rule: Rule, *, enough: int = 0) -> None:
         """Everything before the first message that stays, then single tasks; until the stream has `enough` bytes."""
+        cut: list[Entry] = []
         for _ in range(STEPS):
             found = await self._projection.store.after_row(self._row, LOOK)
             gone = prefix(found, rule, all=len(found) < LOOK)
             self._row = max(self._row, gone.row)
+            cut += gone.cut
             if gone.until > self._until:
                 await self._purge(gone.until)
                 self._until = gone.until
             if not gone.whole or len(found) < LOOK or (enough and await self._bytes() <= enough):
                 break
+        await self._remove([one for one in cut if one.last >= self._until])
         if not (enough and await self._bytes() <= enough):
             await self._leave_one_by_one(rule)
 
@@ -177,15 +177,17 @@ class Archive(Part):
         row = max(self._single_row, self._row)
         found = await self._projection.store.after_row(row, LOOK)
         self._single_row = found[-1].row if len(found) == LOOK else -1
-        due = [one for one in single(found, rule) if one.row not in self._purged]
+        await self._remove([one for one in single(found, rule) if one.row not in self._purged])
+
+    async def _remove(self, due: list[Entry]) -> None:
+        """Tasks, one by one."""
         if not due:
             return
         await self._mark(max(one.last for one in due))
-        gone: list[int] = []
         for entry in due:
             for subject in await self._projection.store.subjects_of(entry):
                 await self._purge(0, filter=subject)
-            gone.append(entry.row)
+        gone = [one.row for one in due if one.row > self._row]
         self._purged |= set(gone)
         await self._projection.store.note_purged(gone, upto=self._row)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from weft.core.broker import Broker
-from weft.core.retentionconf import Retention
 from weft_coordinator.decide.found import Deadlocks
 from weft_coordinator.decide.graph import WaitGraph
 from weft_coordinator.decide.incidents import Incidents
@@ -18,12 +17,12 @@ from weft_coordinator.decide.letters import Letters
 from weft_coordinator.decide.locks import Locks
 from weft_coordinator.decide.parked import ParkedTasks
 from weft_coordinator.decide.schedules import Schedules
-from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.deciding import Shared, Speaker
 from weft_coordinator.service.due import DuePart
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.letters import DeadLetters
-from weft_coordinator.service.locks import LockPart, Shared, Speaker
+from weft_coordinator.service.locks import LockPart
 from weft_coordinator.service.observe import Observer
 from weft_coordinator.service.operations import Operations
 from weft_coordinator.service.part import Part
@@ -34,7 +33,6 @@ from weft_coordinator.service.tree import Trees
 from weft_coordinator.service.turns import Turning
 from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.service.watch import Watchdog
-from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.letters import LetterReader
 from weft_coordinator.shell.log import StreamReader
@@ -82,13 +80,11 @@ class Ground:
     reader: StreamReader
     index: TaskIndex
     projection: Projection
-    copies: Copies
     tail: Tail
     tasks: TaskReader
     operations: Operations
     store: RegistryStore
     leader: Leader
-    retention: Callable[[], Retention]
     clock: Callable[[], int]
     """Unix milliseconds."""
 
@@ -98,7 +94,7 @@ def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
     return (
         ground.operations,
         Routes(ground.store, ground.operations.presence, clock=ground.clock, random=random.random),
-        *_history(ground),
+        Trees(ground.projection, ground.tail),
         *_waits(ground, states),
         *_locks(ground, states),
         *_watch(ground, states),
@@ -111,20 +107,6 @@ def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
             clock=ground.clock,
         ),
     )
-
-
-def _history(ground: Ground) -> tuple[Part, ...]:
-    archive = Archive(
-        ground.broker,
-        ground.projection,
-        ground.tail,
-        ground.copies,
-        retention=ground.retention,
-        leading=lambda: ground.leader.leading,
-        grace=ground.settings.grace,
-    )
-    ground.operations.projection = archive.facts
-    return archive, Trees(ground.projection, ground.tail)
 
 
 def _waits(ground: Ground, states: States) -> tuple[Part, ...]:
@@ -163,7 +145,7 @@ def _locks(ground: Ground, states: States) -> tuple[Part, ...]:
 
 
 def _watch(ground: Ground, states: States) -> tuple[Part, ...]:
-    records = LetterReader(ground.reader, ground.tasks)
+    records = LetterReader(ground.tasks)
     dead = DeadLetters(
         ground.broker,
         index=ground.index,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
 from weft.core.supervise import Tasks
@@ -20,9 +20,9 @@ from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.locks import Request
 from weft_coordinator.decide.parked import Parked, ParkedTasks
 from weft_coordinator.decide.registry import Fields
-from weft_coordinator.service.locks import Key, Shared
+from weft_coordinator.service.deciding import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part, operator_only
-from weft_protocols.errors import InvalidParams, WeftError
+from weft_protocols.errors import CycleEdge, InvalidParams, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -36,13 +36,14 @@ AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
 """Tasks beside a circle that are asked as well, because those in it could go on if they did."""
-SWEEP: Final = 60.0
-"""Seconds between two looks at the whole graph, for what single checks left out."""
-SWEPT: Final = 20_000
-"""Tasks up to which the whole graph is looked at without a reason."""
+PATROL: Final = 2_000
+"""Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
 MAX_TARGETS: Final = 1_000
+SHOWN: Final = 500
+"""Edges the operator is shown unless it asks for more."""
+MAX_SHOWN: Final = 3_000
 KINDS: Final = ("child", "order", "outside")
 USELESS: Final = 1_000
 """Times a task counts as victim that holds no lock of the circle, where several do: it would come again."""
@@ -111,6 +112,7 @@ class Detector(Part):
         self._clock = shared.clock
         self._policy = policy
         self._decide: Decide | None = None
+        self._heard: Callable[[Key], None] = lambda key: None
         self._owner: dict[tuple[str, str], Key] = {}
         """Replica of each wait that was told, by (task, wait)."""
         self._by_replica: dict[Key, set[tuple[str, str]]] = {}
@@ -122,12 +124,11 @@ class Detector(Part):
         """When a task was told to give way."""
         self._told: dict[tuple[str, str], float] = {}
         """When a wait was told to end that its replica has to end; one for a lock the coordinator ends itself."""
-        self._swept = 0.0
         self._tasks = Tasks("deadlocks", on_error=lambda _: None)
 
-    def bind(self, decide: Decide) -> None:
-        """How locks are decided on."""
-        self._decide = decide
+    def bind(self, decide: Decide, heard: Callable[[Key], None]) -> None:
+        """How locks are decided on, and a replica's lease begins anew."""
+        self._decide, self._heard = decide, heard
 
     @property
     def lean_operations(self) -> Mapping[str, LeanHandler]:
@@ -174,11 +175,8 @@ class Detector(Part):
                     del self._doubts[key]
                 else:
                     self._suspect(core)
-        overdue = time - self._swept > SWEEP and len(self.graph) <= SWEPT
-        if self.graph.unchecked or overdue:
-            self._swept = time
-            for core in self.graph.sweep():
-                self._suspect(core)
+        for core in self.graph.patrol(PATROL):
+            self._suspect(core)
         self._chosen = {task: at for task, at in self._chosen.items() if time - at < REMEMBERED}
         self._told = {wait: at for wait, at in self._told.items() if time - at < REACTION}
 
@@ -192,6 +190,8 @@ class Detector(Part):
     def settled(self, request: Request) -> None:
         """A request does not wait any more."""
         self.graph.remove(request.task, request.request)
+        if self.graph.waits(request.task):  # what another branch waits for may be all that is left
+            self._check(self.graph.check(request.task))
 
     def ended(self, task: str) -> None:
         """A task ended."""
@@ -274,6 +274,8 @@ class Detector(Part):
             self._owner[one.task, one.wait] = key
             self._by_replica.setdefault(key, set()).add((one.task, one.wait))
             tasks[one.task] = None
+        if tasks:
+            self._heard(key)
         for task in tasks:
             self._check(self.graph.check(task))
 
@@ -327,16 +329,13 @@ class Detector(Part):
                 elif wait != PARKED:
                     return False
         answers = [self._ask(task, wait, key) for (task, wait), key in asked.items()]
-        sync = self._tasks.start(self._tail.sync())
         try:
-            await asyncio.wait([*answers, sync], timeout=ANSWER)
-            for task in cycle:
-                entry = self._find(cycle[task], task)
-                if entry is not None and entry.ended:
-                    self.graph.ended(task)
+            if answers:
+                await asyncio.wait(answers, timeout=ANSWER)
+            if PARKED in core.waits:  # nobody can be asked: it is woken once its children's ends are read
+                await self._tail.sync()
             return all(one.done() and not one.cancelled() and one.result() for one in answers)
         finally:
-            sync.cancel()
             for one in answers:
                 one.cancel()
 
@@ -438,26 +437,26 @@ class Detector(Part):
     async def _show(self, body: Body, caller: str) -> dict[str, Any]:
         """Who waits for whom, and the last deadlocks."""
         operator_only(caller, "graph")
+        fields = Fields(body)
+        limit = min(fields.number("limit", default=SHOWN), MAX_SHOWN)
+        fields.check("graph")
         nodes: dict[str, str] = {}
-        edges = []
-        for wait, edge in self.graph.edges():
+        edges: list[dict[str, str]] = []
+        # Those that wait for locks first: circles go through them.
+        tasks = dict.fromkeys(request.task for request in self._locks.waiting())
+        for wait, edge in itertools.islice(itertools.chain(self.graph.edges(tasks), self._others(tasks)), limit):
             nodes[edge.task] = edge.agent
             nodes.setdefault(edge.holder or edge.target, "")
-            edges.append(
-                {
-                    "task": edge.task,
-                    "agent": edge.agent,
-                    "wait": wait,
-                    "kind": edge.kind,
-                    "target": edge.target,
-                    "holder": edge.holder,
-                }
-            )
+            edges.append({"wait": wait, **asdict(edge)})
         return {
             "nodes": [{"task": task, "agent": agent} for task, agent in nodes.items()],
             "edges": edges,
+            "waiting": len(self.graph),
             "deadlocks": {"count": self._found.count, "last": [one.shown() for one in self._found.last]},
         }
+
+    def _others(self, tasks: Mapping[str, None]) -> Iterator[tuple[str, CycleEdge]]:
+        return (one for one in self.graph.edges() if one[1].task not in tasks)
 
 
 def _list(body: Body, name: str, limit: int) -> list[Any]:

@@ -49,8 +49,6 @@ NAMED: Final = 1000
 """Tasks that one request may name."""
 TAIL: Final = 20
 """Last events that a letter is shown with."""
-SKEW: Final = 600_000
-"""Milliseconds by which the clocks of hosts may differ."""
 AGAIN: Final = 2.0
 """Seconds before a job goes on after the broker took nothing."""
 
@@ -117,13 +115,17 @@ class DeadLetters(Part):
     def undecided(self, since: int) -> dict[str, list[Entry]]:
         """Letters nobody has decided about from `since` (unix milliseconds) on, by agent, the newest first."""
         found: dict[str, list[Entry]] = {}
-        for entry in self._index.newest_dead():
-            at = entry.time // 1_000_000
-            if at < since - SKEW:
-                break  # they come in the order in which they were stored, with the times of their hosts
-            if at >= since and self._ledger.state(entry) == "open":
+        for entry in self._dead():
+            if entry.time // 1_000_000 >= since and self._ledger.state(entry) == "open":
                 found.setdefault(entry.agent, []).append(entry)
         return found
+
+    def _dead(self) -> list[Entry]:
+        """The task of every letter, the last one first."""
+        dead: dict[decided.Key, Entry] = {}
+        for entry in self._index.dead:
+            dead.setdefault((entry.agent, entry.task), entry)
+        return sorted(dead.values(), key=lambda entry: -entry.seq)
 
     # Views -------------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class DeadLetters(Part):
 
     async def _matching(self, wanted: Filter) -> list[Letter]:
         """The letters that fit, the newest first. Records are read where they are needed to tell."""
-        fit = [entry for entry in self._index.newest_dead() if wanted.fits(entry, self._ledger.state(entry))]
+        fit = [entry for entry in self._dead() if wanted.fits(entry, self._ledger.state(entry))]
         if not wanted.reason:
             return [Letter(entry, None) for entry in fit]
         return [letter for letter in await self._reader.read(fit) if wanted.says(letter.record)]
@@ -266,7 +268,7 @@ class DeadLetters(Part):
 
     async def _chosen(self, job: Job) -> AsyncGenerator[Entry, None]:
         """The letters of a job that are still undecided when it is their turn."""
-        entries = list(self._ledger.chosen(list(self._index.dead), job))
+        entries = list(self._ledger.chosen(self._dead()[::-1], job))
         for at in range(0, len(entries), AT_ONCE):
             some = entries[at : at + AT_ONCE]
             letters = await self._reader.read(some) if job.filter.reason else [Letter(entry, None) for entry in some]

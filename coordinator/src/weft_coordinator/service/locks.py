@@ -10,22 +10,17 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
-
-import msgpack
+from typing import Any, Final
 
 from weft.core.supervise import Tasks
-from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.index import Entry
 from weft_coordinator.decide.ledger import Event
-from weft_coordinator.decide.locks import Ask, Locks, Request, changes
+from weft_coordinator.decide.locks import Ask, Request, changes
 from weft_coordinator.decide.registry import Fields
+from weft_coordinator.service.deadlocks import Detector
+from weft_coordinator.service.deciding import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part, operator_only
-from weft_protocols import subjects
-from weft_protocols.errors import BrokerError, Fenced, InvalidParams, Unavailable, WeftError
-from weft_protocols.records import Control
-
-if TYPE_CHECKING:
-    from weft_coordinator.service.deadlocks import Detector
+from weft_protocols.errors import Fenced, InvalidParams, Unavailable, WeftError
 
 log = logging.getLogger("weft.coordinator")
 
@@ -39,69 +34,10 @@ RESYNC_AFTER: Final = 0.1
 """Seconds after the begin of a reign at which replicas are asked to tell what they hold."""
 MAX_LISTED: Final = 10_000
 """Requests a session may name."""
-Key = tuple[str, str]
-"""(agent, replica)."""
-
-
-class Decider(Protocol):
-    """The leader, as parts see it (`weft_coordinator.shell.leader`)."""
-
-    @property
-    def leading(self) -> bool:
-        """Whether it leads."""
-        ...
-
-    def submit(self, act: Callable[[int], Sequence[Event]]) -> asyncio.Future[list[int]]:
-        """Decide now; the future has the numbers of the events once they are stored."""
-        ...
-
-
-class Synced(Protocol):
-    """What brings the task index up to date."""
-
-    async def sync(self) -> None:
-        """Return when everything stored until now is in the index."""
-        ...
-
-
-class Sender(Protocol):
-    """Sends a message without waiting."""
-
-    def __call__(self, subject: str, data: bytes) -> None:
-        """Send; raises BrokerError at once."""
-        ...
-
-
-class Speaker:
-    """Speaks to replicas. What gets lost is repaired by their session."""
-
-    def __init__(self, send: Sender) -> None:
-        self._send = send
-
-    def tell(self, key: Key, op: str, data: Mapping[str, Any]) -> None:
-        """Send a control message to a replica."""
-        try:
-            self._send(subjects.ctl(*key), Control(op, data=bytes(msgpack.packb(data))).encode())
-        except BrokerError as error:
-            log.debug("replica %s of %s is not told %s: %s", key[1], key[0], op, error)
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What decisions about locks and about deadlocks are made with."""
-
-    leader: Decider
-    locks: Locks
-    index: TaskIndex
-    tail: Synced
-    speaker: Speaker
-    clock: Callable[[], float]
-    """Seconds, monotonic."""
-
-    def find(self, agent: str, task: str) -> Entry | None:
-        """A task of an agent, if it was really sent to it."""
-        entry = self.index.find(agent, task, caller=subjects.OPERATOR)
-        return entry if entry is not None and entry.created else None
+MAX_SHOWN: Final = 3_000
+"""Locks, holders and waiters in one answer, together."""
+MAX_WAITERS: Final = 100
+"""Waiters of one lock in an answer, the first ones."""
 
 
 @dataclass(slots=True)
@@ -126,7 +62,7 @@ class LockPart(Part):
         self._looking: dict[Key, Ask] = {}
         """Requests whose task is not in the index yet, by (agent, request)."""
         self._tasks = Tasks("requests for locks", on_error=lambda _: None)
-        detector.bind(self.decide)
+        detector.bind(self.decide, lambda key: self._heard(key, LEASE))
 
     @property
     def lean_operations(self) -> Mapping[str, LeanHandler]:
@@ -177,19 +113,17 @@ class LockPart(Part):
         if ended:
             self.decide(lambda: self._locks.ended(*ended))
 
-    # Following the index -----------------------------------------------------------------------
-
     def changed(self, entries: Sequence[Entry]) -> None:
         """Tasks that ended hold nothing more, whatever their replicas still say or did not."""
-        for entry in entries if self._leader.leading else ():
-            if entry.ended and entry.created:
-                self._ended(entry)
-
-    def _ended(self, entry: Entry) -> None:
-        self._detector.ended(entry.task)
-        if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
+        ended = [entry for entry in entries if entry.ended and entry.created] if self._leader.leading else ()
+        held: list[str] = []
+        for entry in ended:
+            self._detector.ended(entry.task)
+            if self._locks.victims(entry.task) or any(r.agent == entry.agent for r in self._locks.of_task(entry.task)):
+                held.append(entry.task)
+        if held:
             with contextlib.suppress(Unavailable):
-                self.decide(lambda: self._locks.ended(entry.task))
+                self.decide(lambda: self._locks.ended(*held))
 
     # Deciding ----------------------------------------------------------------------------------
 
@@ -304,11 +238,10 @@ class LockPart(Part):
     def _ancestors(self, entry: Entry) -> tuple[str, ...]:
         """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
         found: list[str] = []
-        parent = entry.parent
-        while parent is not None and parent[1] not in found and len(found) < 64:
-            found.append(parent[1])
-            above = self._find(*parent)
-            parent = above.parent if above is not None else None
+        above: Entry | None = entry
+        while above is not None and above.parent is not None and above.parent[1] not in found:
+            found.append(above.parent[1])
+            above = self._find(*above.parent)
         return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
@@ -414,7 +347,18 @@ class LockPart(Part):
     async def _show(self, body: Body, caller: str) -> dict[str, Any]:
         """Every lock that is held or waited for, by name."""
         operator_only(caller, "locks")
-        return {"locks": [self._shown(name) for name in sorted(self._locks.names())]}
+        fields = Fields(body)
+        limit = fields.number("limit", default=MAX_SHOWN)
+        fields.check("locks")
+        names = sorted(self._locks.names())
+        shown: list[dict[str, Any]] = []
+        left = min(limit, MAX_SHOWN)
+        for name in names:
+            shown.append(self._shown(name))
+            left -= 1 + len(shown[-1]["holders"]) + len(shown[-1]["waiters"])
+            if left <= 0:
+                break
+        return {"locks": shown, "total": len(names)}
 
     def _shown(self, name: str) -> dict[str, Any]:
         holders, waiters = self._locks.view(name)
@@ -422,7 +366,8 @@ class LockPart(Part):
             "name": name,
             "mode": (holders or waiters)[0].mode,
             "holders": [{**_one(r), "token": r.token, "since": r.since} for r in holders],
-            "waiters": [{**_one(r), "mode": r.mode, "since": r.asked} for r in waiters],
+            "waiters": [{**_one(r), "mode": r.mode, "since": r.asked} for r in waiters[:MAX_WAITERS]],
+            "waiting": len(waiters),
         }
 
     async def _release(self, body: Body, caller: str) -> dict[str, Any]:

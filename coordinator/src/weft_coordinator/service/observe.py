@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping
 from typing import Final
 
@@ -13,9 +14,12 @@ from weft_coordinator.decide.watchdog import SILENT, AgentSeen, History, Observe
 from weft_coordinator.service.letters import DeadLetters
 from weft_coordinator.shell.letters import LetterReader
 from weft_coordinator.shell.registry import RegistryStore
-from weft_coordinator.shell.watch import BrokerLook
+from weft_coordinator.shell.watch import BrokerLook, begun_by
+from weft_protocols import subjects
 from weft_protocols.states import State
 
+TURN: Final = 5000
+"""Tasks looked at in one turn of the loop."""
 REASON: Final = 200
 """Characters of a dead letter's reason in a finding."""
 
@@ -62,8 +66,6 @@ class Observer:
         limits, history = self._limits, self._history
         queues = await self._broker.queues()
         records = self._store.records
-        for agent, pending in queues.items():
-            history.queue(agent, pending, now)
         history.retried(self._index.retries, now)
         letters = self._letters.undecided(now - int(limits.dead_letters_window * 1000))
         silent = await self._silent(now)
@@ -71,6 +73,9 @@ class Observer:
         for agent in {*queues, *records, *letters, *silent}:
             replicas = self._replicas(agent, records.get(agent), now)
             alive = [name for name, one in replicas.items() if one.state not in SILENT]
+            pending, given = queues.get(agent, (0, 0))
+            # What a replica handed back, or held when it died, waits as well, and nobody is there to take it.
+            history.queue(agent, pending if alive else pending + given, now)
             known = records[agent].replicas if agent in records else {}
             history.registered(agent, {name: one.registered for name, one in known.items()}, alive, now)
             replicas |= silent.get(agent, {})
@@ -102,8 +107,8 @@ class Observer:
         """Replicas that are silent or registered no more, and still own tasks."""
         records: Mapping[str, AgentRecord] = self._store.records
         owned: dict[tuple[str, str], list[tuple[Entry, int]]] = {}
-        for entry, heard in await self._broker.held(self._suspects(records, now)):
-            owned.setdefault((entry.agent, entry.detail.replica), []).append((entry, heard))
+        for entry, heard in await self._broker.held(await self._suspects(records, now)):
+            owned.setdefault((entry.agent, begun_by(entry)), []).append((entry, heard))
         found: dict[str, dict[str, ReplicaSeen]] = {}
         for (agent, name), tasks in owned.items():
             known = records[agent].replicas.get(name) if agent in records else None
@@ -114,12 +119,14 @@ class Observer:
                 found.setdefault(agent, {})[name] = ReplicaSeen(name, "gone", silent, (), owns)
         return found
 
-    def _suspects(self, records: Mapping[str, AgentRecord], now: int) -> list[Entry]:
+    async def _suspects(self, records: Mapping[str, AgentRecord], now: int) -> list[Entry]:
         """Tasks in work whose replica does not report."""
         reporting: dict[tuple[str, str], bool] = {}
         found = []
-        for entry in self._index.open:
-            if entry.state != State.WORKING or not (name := entry.detail.replica):
+        for at, entry in enumerate(self._index.visible(subjects.OPERATOR), start=1):
+            if at % TURN == 0:
+                await asyncio.sleep(0)
+            if entry.state != State.WORKING or not (name := begun_by(entry)):
                 continue
             key = (entry.agent, name)
             if key not in reporting:

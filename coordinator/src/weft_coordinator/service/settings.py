@@ -33,6 +33,8 @@ class Settings:
     """How long finished tasks stay in the stream. Default: as `mesh.yaml` and `WEFT_RETENTION_…` say."""
     grace: float = 10.0
     """Seconds from its end in which a task stays in the stream in any case."""
+    archive_every: float = 10.0
+    """Seconds between looks for finished tasks that may leave the stream."""
     look: float = 2.0
     """Seconds between two looks of the watchdog, while this coordinator leads."""
     concurrency: int = 64

@@ -33,14 +33,13 @@ class Turning(Part):
     """Answers `turn`.
 
     Args:
-        index: What feeds `order`.
-        tail: Brings it up to date.
+        index: The tasks.
+        tail: Brings it up to date, and tells what changed.
         clock: Unix milliseconds.
     """
 
     def __init__(self, broker: Broker, *, index: TaskIndex, tail: Tail, clock: Callable[[], int]) -> None:
         self._broker = broker
-        self._index = index
         self._tail = tail
         self._clock = clock
         self._order = Order(index)
@@ -60,13 +59,13 @@ class Turning(Part):
     async def _turn(self, body: Body, caller: str) -> dict[str, Any]:
         """Whether every earlier task of a context of the caller has ended, and which have not."""
         fields = Fields(body)
-        context, seq = fields.text("context", limit=1024), fields.number("seq")
+        context, task = fields.text("context", limit=1024), fields.text("task")
         replica = fields.token("replica") if "replica" in body else ""
         fields.check(f"turn of {caller}")
         await self._tail.sync()
-        if self._index.watermark.tasks < seq:
+        before = self._order.before(caller, context, task)
+        if before is None:
             return {"go": False, "after": []}  # a replica of the stream that lags was read
-        before = self._order.before(caller, context, seq)
         if before and replica:
             self._asked.setdefault((caller, context), {})[replica] = self._clock() + TELL
             await self._listen()
@@ -80,14 +79,13 @@ class Turning(Part):
     # Telling -----------------------------------------------------------------------------------
 
     def _changed(self, entries: Sequence[Entry]) -> None:
-        """Tasks have ended: whoever waits in their contexts asks again."""
         self._order.changed(entries)
         for entry in entries if self._asked else ():
-            waiting = self._asked.pop((entry.agent, entry.context), None) if entry.ended else None
-            if waiting is not None:
-                self._call(entry, waiting)
+            if entry.ended and (waiting := self._asked.pop((entry.agent, entry.context), None)) is not None:
+                self._ended(entry, waiting)
 
-    def _call(self, entry: Entry, waiting: Mapping[str, int]) -> None:
+    def _ended(self, entry: Entry, waiting: Mapping[str, int]) -> None:
+        """Whoever waits in its context asks again."""
         now = self._clock()
         data = Control("turn", data=bytes(msgpack.packb({"context": entry.context}))).encode()
         for replica, until in waiting.items():
@@ -106,9 +104,14 @@ class Turning(Part):
 
     async def _listen(self) -> None:
         """Hear when tasks end of agents of which somebody waits."""
-        now = self._clock()
-        for place, replicas in list(self._asked.items()):
-            if all(until <= now for until in replicas.values()):
-                del self._asked[place]
-        self._agents = frozenset(agent for agent, _ in self._asked)
-        await self._hints.listen(subjects.GRAMMAR["live"].pattern(agent=agent) for agent in self._agents)
+        live = subjects.GRAMMAR["live"]
+
+        def wanted() -> list[str]:
+            now = self._clock()
+            for place, replicas in list(self._asked.items()):
+                if all(until <= now for until in replicas.values()):
+                    del self._asked[place]
+            self._agents = frozenset(agent for agent, _ in self._asked)
+            return [live.pattern(agent=agent) for agent in self._agents]
+
+        await self._hints.listen(wanted)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Broker, Stored
 from weft_coordinator.decide.index import Entry
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import Conflict, TaskNotFound, TooLarge
 from weft_protocols.records import DeadLetter
-from weft_protocols.resources import STREAM
 
 REDRIVE_OF: Final = "weft.redrive_of"
 """Message metadata of a redriven task: the task that was given up."""
@@ -32,22 +30,6 @@ _DROPPED: Final = frozenset(
 """Headers of the original that do not hold for a task of its own: its deadline has passed, its parent has ended."""
 
 
-class Archive(Protocol):
-    """Where messages are that the stream does not have any more."""
-
-    async def message(self, entry: Entry) -> Stored | None:
-        """The message that created a task; None if it is not there either."""
-        ...
-
-
-class NoArchive:
-    """Nothing leaves the stream."""
-
-    async def message(self, entry: Entry) -> Stored | None:
-        """None."""
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class Letter:
     """A dead letter: its task, and its record if it is still there."""
@@ -59,34 +41,31 @@ class Letter:
 class LetterReader:
     """Reads letters' records; each is read once."""
 
-    def __init__(self, reader: StreamReader, tasks: TaskReader, archive: Archive | None = None) -> None:
-        self._reader = reader
+    def __init__(self, tasks: TaskReader) -> None:
         self._tasks = tasks
-        self._archive = archive or NoArchive()
-        self._records: dict[Entry, DeadLetter] = {}
+        self._records: dict[tuple[str, str], DeadLetter] = {}
 
     async def read(self, entries: Iterable[Entry]) -> list[Letter]:
-        """Letters in the same order."""
+        """Letters in the same order. Raises Unreachable, TimedOut if the broker does not say."""
         wanted = list(entries)
-        unknown = [entry for entry in wanted if entry not in self._records]
+        unknown = [entry for entry in wanted if (entry.agent, entry.task) not in self._records]
         for at in range(0, len(unknown), AT_ONCE):
-            async with asyncio.TaskGroup() as group:
-                reads = {one: group.create_task(self._tasks.dead_letter(one)) for one in unknown[at : at + AT_ONCE]}
-            for entry, read in reads.items():
+            try:
+                async with asyncio.TaskGroup() as group:
+                    reads = [group.create_task(self._tasks.dead_letter(one)) for one in unknown[at : at + AT_ONCE]]
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from failed
+            for entry, read in zip(unknown[at:], reads, strict=False):
                 if (record := read.result()) is not None:
-                    self._records[entry] = record
-        letters = [Letter(entry, self._records.get(entry)) for entry in wanted]
+                    self._records[entry.agent, entry.task] = record
+        letters = [Letter(entry, self._records.get((entry.agent, entry.task))) for entry in wanted]
         while len(self._records) > CACHED:
             del self._records[next(iter(self._records))]
         return letters
 
     async def message(self, entry: Entry) -> Stored:
         """The message that created a task. TaskNotFound if nobody has it any more."""
-        stored = None
-        if entry.created:
-            subject = subjects.task(entry.agent, entry.slice, entry.caller, entry.task)
-            stored = await self._reader.last(STREAM, subject)
-        stored = stored or await self._archive.message(entry)
+        stored = await self._tasks.creating(entry)
         if stored is None:
             raise TaskNotFound(f"the message that created task {entry.task} is not stored any more")
         return stored

@@ -315,6 +315,26 @@ class Store:
             ]
         )
 
+    async def of_task(self, task: str, *, after: int, count: int, size: int) -> Batch:
+        """Everything stored about a task after a sequence, of all kinds and whoever wrote it; about `size` bytes."""
+        query = (
+            "SELECT seq, subject, time, headers, data FROM messages INDEXED BY messages_of_task "
+            "WHERE owner = ? AND seq > ? ORDER BY seq LIMIT ?"
+        )
+
+        def work(c: sqlite3.Connection) -> Batch:
+            found: list[Stored] = []
+            room = size
+            with contextlib.closing(c.execute(query, (rows.owner_of(task), after, count + 1))) as cursor:
+                for row in cursor:
+                    if len(found) == count or (found and room < len(row[4])):
+                        return Batch(found, True)
+                    found.append(rows.message_of(row, STREAM))
+                    room -= len(row[3]) + len(row[4])
+            return Batch([one for one in found if task in one.subject.split(".")], False)
+
+        return await self._database.read(work)
+
     async def message(self, seq: int) -> Stored | None:
         """The message with a sequence."""
         query = "SELECT seq, subject, time, headers, data FROM messages WHERE seq = ?"
@@ -364,13 +384,16 @@ def _is_of(entry: Entry, subject: str) -> bool:
 def _prepare(connection: sqlite3.Connection) -> tuple[str, int, int, int, int, int]:
     """Make the tables of a new file, or check those of an old one; what `Store` keeps of it."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    if empty and not version:
+    made = connection.execute("SELECT count(*) FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchone()[0]
+    if not made and not version:
         for statement in rows.TABLES:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {rows.SCHEMA}")
-    elif version != rows.SCHEMA:
-        raise Damaged(f"its tables are of version {version} and this coordinator's of {rows.SCHEMA}")
+    elif (version, made) != (rows.SCHEMA, len(rows.TABLES)):
+        raise Damaged(
+            f"it has {made} tables and indexes of version {version}, and this coordinator's has {len(rows.TABLES)} of "
+            f"version {rows.SCHEMA}"
+        )
     meta = connection.execute("SELECT stream, position, skipped, archived FROM meta").fetchone()
     last = connection.execute("SELECT coalesce(max(row), 0) FROM tasks").fetchone()[0]
     missing = connection.execute(_MISSING).fetchone()[0]

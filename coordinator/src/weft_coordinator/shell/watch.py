@@ -14,6 +14,7 @@ from weft_protocols.errors import A2AError
 from weft_protocols.records import HELD, Claim
 from weft_protocols.resources import STREAM
 
+REMEMBERED: Final = 200_000
 LOOKED_AT: Final = 100
 """Claims that are read at one look."""
 
@@ -24,15 +25,16 @@ class BrokerLook:
     def __init__(self, broker: Broker, reader: StreamReader) -> None:
         self._broker = broker
         self._reader = reader
-        self._let_go: dict[Entry, int] = {}
+        self._let_go: dict[tuple[str, str], int] = {}
+        """Tasks that were found to be nobody's, by agent and id: the last event they had then."""
 
-    async def queues(self) -> dict[str, int]:
-        """How many tasks of each agent wait to be given to a replica."""
-        found: dict[str, int] = {}
+    async def queues(self) -> dict[str, tuple[int, int]]:
+        """By agent: how many tasks were never given to a replica, and how many were and are not done."""
+        found: dict[str, tuple[int, int]] = {}
         for info in await self._pages(f"CONSUMER.LIST.{STREAM}", "consumers"):
             agent, _, lane = str(info["name"]).partition("=")
             if lane == "work":
-                found[agent] = int(info.get("num_pending", 0))
+                found[agent] = int(info.get("num_pending", 0)), int(info.get("num_ack_pending", 0))
         return found
 
     async def streams(self) -> tuple[StreamSeen, ...]:
@@ -60,7 +62,7 @@ class BrokerLook:
         found: list[tuple[Entry, int]] = []
         looked = 0
         for entry in suspects:
-            if self._let_go.get(entry) == entry.last:
+            if self._let_go.get((entry.agent, entry.task)) == entry.last:
                 continue  # nothing happened since it was found to be waiting
             if looked >= LOOKED_AT:
                 break
@@ -70,11 +72,16 @@ class BrokerLook:
                 claim = Claim.decode(stored.data) if stored is not None else None
             except A2AError:
                 claim = None
-            if claim is None or claim.state != HELD or claim.replica != entry.detail.replica:
-                self._let_go[entry] = entry.last
+            if claim is None or claim.state != HELD or claim.replica != begun_by(entry):
+                self._let_go[entry.agent, entry.task] = entry.last
                 continue
             last = await self._reader.message(STREAM, entry.last)
             found.append((entry, nanoseconds(last.time) // 1_000_000 if last is not None else 0))
-        if len(self._let_go) > 100_000:
-            self._let_go = {entry: at for entry, at in self._let_go.items() if not entry.ended}
+        while len(self._let_go) > REMEMBERED:
+            del self._let_go[next(iter(self._let_go))]
         return found
+
+
+def begun_by(entry: Entry) -> str:
+    """The replica that began a task's last attempt; empty where that is not known."""
+    return str(getattr(entry.detail, "replica", ""))

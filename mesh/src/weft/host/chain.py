@@ -135,4 +135,6 @@ def loop_of(error: A2AError) -> DelegationLoop | None:
     kind = error.metadata.get(LOOP)
     if not isinstance(error, InvalidRequest) or kind is None:
         return None
-    return DelegationLoop(error.message, kind=kind, chain=tuple(error.metadata.get(CHAIN, "").split(",")))
+    return DelegationLoop(
+        error.message, kind=kind, chain=tuple(item for item in error.metadata.get(CHAIN, "").split(",") if item)
+    )

@@ -33,6 +33,8 @@ class Choice:
         self._skill = skill
         self._fallback = fallback
         self._tried: list[str] = []
+        self._probe = False
+        """Whether the child finds out how its agent is."""
 
     def has_others(self, agent: str) -> bool:
         """Whether a fallback is left after `agent`."""
@@ -86,7 +88,7 @@ class Choice:
 
     async def _routed(self) -> str:
         run = self._run
-        exclude = {run.work.agent, *Chain.of(run.work.headers).agents, *self._tried}
+        exclude = {run.work.agent, *Chain.of(run.work.headers).agents, *self._tried, *run.circuits.open()}
         until = time.time() + PATIENCE
         if run.work.deadline is not None:
             until = min(until, run.work.deadline)
@@ -112,12 +114,16 @@ class Choice:
             try:
                 found = await coordinator.call(self._run.mesh.broker, "agents", {"name": agent})
             except WeftError:
-                return  # nobody knows: it is sent, and waits for the agent
-            if not found["agents"]:
-                raise AgentNotFound(f"no agent {agent!r} ever registered in this mesh")
+                pass  # nobody knows: it is sent, and waits for the agent
+            else:
+                if not found["agents"]:
+                    raise AgentNotFound(f"no agent {agent!r} ever registered in this mesh")
+        self._probe = self._run.circuits.begin(agent)
 
     def learned(self, agent: str, *, failed: bool) -> None:
         """A child of an agent ended: of the agent's fault, or not."""
+        self._run.circuits.end(agent, failed=failed, probe=self._probe)
 
     def nothing_learned(self, agent: str) -> None:
         """Nobody waits for a child of an agent any more."""
+        self._run.circuits.give_up(agent, probe=self._probe)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
-from weft.host import chain, values
+from weft.host import chain, ending, values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
 from weft.host.retry import DEADLOCK
+from weft.host.rollback import End
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.steps import call
 from weft.host.task import Task
@@ -34,7 +35,7 @@ from weft_protocols.errors import (
     UsageError,
 )
 from weft_protocols.parts import Data, Message, Part, TaskView
-from weft_protocols.records import HANDED_BACK, SUSPENDED, DeadLetter
+from weft_protocols.records import HANDED_BACK, SUSPENDED
 from weft_protocols.states import State
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ async def execute(replica: Owner, run: Run) -> None:
     try:
         if run.stop is not None:
             await _stopped(replica, run)
+            return
+        if run.agent.turns is None and (end := await ending.ended_before(run)) is not None:
+            await ending.conclude(run, end)
+            replica.counters.failed += end.state is not State.CANCELED
+            _settle(replica, run)
             return
         if await _refused(run):
             _settle(replica, run)
@@ -86,15 +92,14 @@ async def _refused(run: Run) -> bool:
         parts = await content.expand(run.mesh.broker, work.request.message.parts)
         run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
-        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.REJECTED, error.message, reason=error.reason), error=error)
         return True
     if run.barred:
         await run.finish(State.REJECTED, a2a.parts_of(run.barred))
         return True
     if work.deadline is not None and work.deadline < time.time():
         late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
-        await run.cancel_children(late)
-        await run.finish(State.FAILED, a2a.parts_of(late))
+        await ending.conclude(run, End(State.FAILED, late))
         return True
     if run.tries > run.agent.attempts:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
@@ -125,14 +130,16 @@ async def _attempt(replica: Owner, run: Run) -> None:
     try:
         skill, arguments = _chosen(run)
     except InvalidParams as error:
-        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.REJECTED, error.message, reason=error.reason), error=error)
         _settle(replica, run)
+        return
+    if await _shed(replica, run, skill):
         return
     if skill.answer == "task" and run.log.last_state is not State.WORKING:
         await run.status(State.WORKING, extra=b"Weft-Replica: %b\r\nWeft-Attempt: %d\r\n" % (
             run.replica.encode(), run.claim.attempt,
         ))  # fmt: skip
-    deadline = run.work.deadline
+    deadline, begun = run.work.deadline, time.monotonic()
     try:
         if deadline is None:
             result = await _handler(skill, run, arguments)
@@ -144,7 +151,22 @@ async def _attempt(replica: Owner, run: Run) -> None:
     except Exception as error:  # noqa: BLE001 - the handler's own failure: an end, another attempt or a dead letter
         await _failed(replica, run, error)
     else:
+        if run.journal.fresh and len(run.history) == 1:  # in one go, and without asking
+            replica.paces.took(skill.id, time.monotonic() - begun)
         await _completed(replica, run, skill=skill, result=result)
+
+
+async def _shed(replica: Owner, run: Run, skill: Skill) -> bool:
+    """End a new task that cannot be done by its deadline, before it takes time from others."""
+    if run.work.deadline is None or not run.agent.shed or not run.journal.fresh:
+        return False
+    left = run.work.deadline - time.time()
+    typical = replica.paces.hopeless(skill.id, left)
+    if not typical:
+        return False
+    text = f"not begun: {max(0.0, left):.3g} s are left to its deadline, and {skill.id} typically takes {typical:.3g} s"
+    await _end(replica, run, State.FAILED, text)
+    return True
 
 
 async def _turns(replica: Owner, run: Run, turns: Turns) -> None:
@@ -172,8 +194,7 @@ async def _turn_failed(replica: Owner, run: Run, turns: Turns, *, error: Excepti
         _settle(replica, run)
     elif isinstance(error, A2AError) and run.stop is None:
         log.info("task %s: the agent raised %s: %s", run.task_id, error.reason, error)
-        await run.cancel_children(error.message)
-        await run.finish(State.FAILED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.FAILED, error.message, reason=error.reason), error=error)
         replica.counters.failed += 1
         _settle(replica, run)
     elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail | DeadlockError) or _late(run, error):
@@ -241,7 +262,7 @@ async def _completed(replica: Owner, run: Run, *, skill: Skill, result: Any) -> 
         parts = [_to_proto(part) for part in _parts(result)]
     except UsageError as error:
         wrong = InvalidAgentResponse(f"the handler returned {type(result).__name__}, which is no result: {error}")
-        await run.finish(State.FAILED, a2a.parts_of(wrong.message), error=wrong)
+        await ending.conclude(run, End(State.FAILED, wrong.message, reason=wrong.reason), error=wrong)
         _settle(replica, run)
         return
     if skill.answer == "message":
@@ -275,8 +296,7 @@ def _to_proto(part: Part) -> pb.Part:
 
 
 async def _end(replica: Owner, run: Run, state: State, text: str) -> None:
-    await run.cancel_children(text)
-    await run.finish(state, a2a.parts_of(text) if text else ())
+    await ending.conclude(run, End(state, text))
     replica.counters.failed += 1
     _settle(replica, run)
 
@@ -316,21 +336,7 @@ async def _gave_way(replica: Owner, run: Run, error: DeadlockError) -> None:
 
 async def _give_up(run: Run, text: str, *, error: str) -> None:
     """Fail a task for good and leave a dead letter."""
-    letter = DeadLetter(
-        agent=run.work.agent,
-        task=run.task_id,
-        caller=run.work.caller,
-        reason=text,
-        error=error,
-        attempts=min(run.tries, run.agent.attempts),
-        replica=run.replica,
-        version=run.agent.version,
-        message=run.claim.message,
-        at=time.time_ns() // 1_000_000,
-    )
-    await run.journal.write(records.DEAD_LETTER_KEY, letter.encode())
-    await run.cancel_children(text)
-    await run.finish(State.FAILED, a2a.parts_of(text), dead=True)
+    await ending.conclude(run, End(State.FAILED, text, error=error))
 
 
 async def _stopped(replica: Owner, run: Run) -> None:
@@ -357,20 +363,18 @@ async def _stopped(replica: Owner, run: Run) -> None:
 
 
 async def _cancelled(replica: Owner, run: Run) -> None:
-    if not run.ended:
-        await run.cancel_children(run.stop_reason or "the parent was cancelled")
-        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason) if run.stop_reason else ())
+    await ending.conclude(run, End(State.CANCELED, run.stop_reason))
     _settle(replica, run)
 
 
 async def force_cancel(replica: Owner, run: Run) -> None:
     """End a task whose handler did not stop in time after its cancel. The handler can write nothing any more."""
-    if run.ended or replica.live.get(run.task_id) is not run:
+    if run.ended or run.concluding is not None or replica.live.get(run.task_id) is not run:
         return
     log.warning("task %s: the handler did not stop within %g s of its cancel", run.task_id, run.agent.cancel_grace)
     try:
-        await run.cancel_children(run.stop_reason or "the parent was cancelled")
-        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason or "cancelled; the handler did not stop in time"))
+        reason = run.stop_reason or "cancelled; the handler did not stop in time"
+        await ending.conclude(run, End(State.CANCELED, reason))
     except (Fenced, BrokerError) as error:
         log.warning("task %s could not be ended: %s", run.task_id, error)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
 import msgpack
@@ -37,8 +38,9 @@ def needed(wait: str | int, count: int) -> int:
 async def together(run: Run, work: Sequence[Awaitable[Any]]) -> list[Any]:
     """The results of all, in order. The first error cancels the rest."""
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_awaited(item)) for item in work]
+        with _waiting(run, work, need=len(work)):
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_awaited(item)) for item in work]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from errors
     finally:
@@ -63,7 +65,8 @@ async def enough(run: Run, key: str, work: Sequence[Awaitable[Any]], *, need: in
     errors: list[Exception] = []
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_reported(n, item, ended)) for n, item in enumerate(work)]
+            with _waiting(run, work, need=need):
+                tasks = [group.create_task(_reported(n, item, ended)) for n, item in enumerate(work)]
             while len(winners) < need <= len(work) - len(errors):
                 n, error = await ended.get()
                 if error is None:
@@ -81,6 +84,14 @@ async def enough(run: Run, key: str, work: Sequence[Awaitable[Any]], *, need: in
     if len(winners) < need:
         raise errors[0] from ExceptionGroup(f"{len(errors)} of {len(work)} failed, {need} had to succeed", errors)
     return [tasks[n].result() for n in sorted(winners)]
+
+
+def _waiting(run: Run, work: Sequence[Awaitable[Any]], *, need: int) -> AbstractContextManager[None]:
+    """For what is begun inside: whether all of it are delegations, which only wait."""
+    named = run.named
+    if named is not None and all(inspect.iscoroutine(item) and isinstance(named.get(item), str) for item in work):
+        return run.waits.together(len(work), need)
+    return nullcontext()
 
 
 def close(run: Run, work: Sequence[Awaitable[Any]]) -> None:

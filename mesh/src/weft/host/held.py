@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Holding(Protocol):
@@ -11,6 +11,18 @@ class Holding(Protocol):
 
     def check(self) -> None:
         """Raise LockLost where it is not held any more."""
+        ...
+
+
+class Granting(Protocol):
+    """Where locks are asked for and given back (`weft.host.session`)."""
+
+    async def acquire(self, lock: Any) -> None:
+        """Return when a `weft.host.locking.Lock` is granted."""
+        ...
+
+    def release(self, lock: Any) -> None:
+        """Give it back."""
         ...
 
 

@@ -21,10 +21,11 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
-from weft.host import execute, takeover
+from weft.host import ending, execute, takeover
 from weft.host.agent import Agent
 from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
+from weft.host.rollback import End
 from weft.host.run import Awaited, Input, Run, Stop, Work, sequence_in, turn_key
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, ids, records, subjects
@@ -214,8 +215,7 @@ class Inputs:
                 if run.agent.turns is not None and claim.waiting:
                     await Conversation(run, run.agent.turns).parted(reason, grace=run.agent.cancel_grace)
                 if not run.ended:
-                    await run.cancel_children(reason or "the parent was cancelled")
-                    await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
+                    await ending.conclude(run, End(State.CANCELED, reason))
                 for ack in run.deliveries:
                     self._replica.settle(ack)
 

@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from hashlib import sha256
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from weft.host import held
 from weft.host.run import Run
 from weft_protocols.errors import InvalidParams, LockLost, UsageError
-
-if TYPE_CHECKING:
-    from weft.host.session import Session
 
 EXCLUSIVE: Final = "exclusive"
 SHARED: Final = "shared"
@@ -66,7 +63,7 @@ class Lock:
         """What becomes of a wait the coordinator knows of: granted, to be asked for again (False), or an error."""
         self.gone = ""
         """Why it was taken away."""
-        self._session: Session = run.session
+        self._session = run.session
         self._used = False
         self._inside = False
         self._kept = ExitStack()

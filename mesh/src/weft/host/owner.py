@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
+from weft.host.pace import Paces
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
 from weft.host.waits import Observer
 from weft_protocols.records import Claim, Control
-
-if TYPE_CHECKING:
-    from weft.host.session import Session
 
 
 @dataclass(slots=True)
@@ -57,11 +55,6 @@ class Owner(Protocol):
         ...
 
     @property
-    def session(self) -> Session:
-        """Its locks and waits."""
-        ...
-
-    @property
     def observers(self) -> list[Observer]:
         """Who is told of what its tasks wait for."""
         ...
@@ -74,6 +67,11 @@ class Owner(Protocol):
     @property
     def counters(self) -> Counters:
         """What it did so far."""
+        ...
+
+    @property
+    def paces(self) -> Paces:
+        """How long its agent's skills take."""
         ...
 
     @property

@@ -140,14 +140,8 @@ def _children(run: Run, waits: tuple[Wait, ...]) -> list[list[Any]]:
 
 
 def _need(waits: tuple[Wait, ...], unfinished: int) -> int:
-    """How many children must end for the task to go on: one, unless a single wait speaks for all of them.
-
-    Branches go on one by one. But where a wait names every child that is waited for, it is the one that counts.
-    """
-    named = [wait for wait in waits if wait.kind == "child"]
-    everything = {target for wait in named for target in wait.targets}
-    for wait in named:
-        if len(wait.targets) > 1 and set(wait.targets) == everything:
-            ended = len(wait.targets) - unfinished
-            return min(unfinished, max(1, (wait.need or len(wait.targets)) - ended))
+    """How many children must end for the task to go on: one, unless all are branches that only wait, together."""
+    groups = {wait.together for wait in waits if wait.kind == "child"}
+    if len(groups) == 1 and (group := groups.pop()) is not None:
+        return min(unfinished, max(1, group.need - (group.size - unfinished)))
     return min(1, unfinished)

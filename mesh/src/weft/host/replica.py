@@ -21,16 +21,18 @@ from weft.client.mesh import Mesh
 from weft.core.broker import Broker, Delivered
 from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
-from weft.host import execute, session, takeover
+from weft.host import execute, takeover
 from weft.host.agent import Agent
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
+from weft.host.pace import Paces
 from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
-from weft.host.session import Session
+from weft.host.session import OPS, Session
 from weft.host.slots import SlotHold, Slots
 from weft.host.threads import Threads
 from weft.host.turn import Queue
@@ -86,16 +88,16 @@ class Replica:
         """Told of what its tasks wait for."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.circuits = Circuits(agent.breaker)
+        self.paces = Paces()
         self.parking = Parking(self)
         self.observers.append(self.parking)
-        self.session = Session(self)
-        self.observers.append(self.session)
         self.queue = Queue(self)
-        self.controls: dict[str, Callable[[Control, Delivered], None]] = {
-            "turn": self.queue.told,
-            **dict.fromkeys(session.OPS, self.session.on_control),
-        }
+        self.session = Session(self, self.queue)
+        self.observers.append(self.session)
+        self.controls: dict[str, Callable[[Control, Delivered], None]] = {"turn": self.queue.told}
         """Who takes a control message, by its `op`."""
+        self.controls.update(dict.fromkeys(OPS, self.session.on_control))
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
@@ -151,7 +153,8 @@ class Replica:
                 await loop.stop()
         self.queue.leave()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
+            waits = run.log.last_state.interrupted or run.waits.parkable
+            if waits and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True
@@ -307,8 +310,11 @@ class Replica:
             except Conflict:
                 log.debug("task %s was claimed before its first delivery here", task_id)
                 if waited:
-                    # Another replica was faster, with a later delivery: if not, this one comes again.
-                    self.settle(delivery.ack, b"")
+                    # It was cancelled while it waited; or another replica was faster, with a later delivery.
+                    event = await takeover.last_event(
+                        self.broker, agent, task_id, caller=work.caller, origin=work.origin
+                    )
+                    self.settle(delivery.ack, b"+ACK" if takeover.ended(event) else b"")
                     return None
         live = self.live.get(task_id)
         if live is not None:
@@ -418,6 +424,7 @@ class Replica:
             settle=self.settle,
             threads=self.threads,
             session=self.session,
+            circuits=self.circuits,
             waits=Waits(work.task_id, observers=self.observers),
         )
         report.append(run.failed_write)

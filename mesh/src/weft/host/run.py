@@ -18,9 +18,12 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.core import blobs
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
+from weft.host.held import Granting, Holding
 from weft.host.journal import Journal
 from weft.host.log import EventLog
+from weft.host.rollback import Rollback
 from weft.host.slots import SlotHold
 from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
     from weft.client.mesh import Mesh
     from weft.core.pull import Delivery
     from weft.host.agent import Agent
-    from weft.host.locking import Lock
-    from weft.host.session import Session
 
 
 TURN_KEY: Final = "_turn"
@@ -184,10 +185,12 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
-    session: Session
-    """Where locks are asked for and waits are told."""
+    session: Granting
+    """Where locks are asked for."""
     waits: Waits
     """What it waits for."""
+    circuits: Circuits
+    """Whom it may call."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
@@ -207,6 +210,10 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    rollback: Rollback | None = None
+    """What would be undone, once that is known."""
+    concluding: asyncio.Lock | None = None
+    """Held while its end is being written; then no cancel changes it any more."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often it made each call, by the call's digest."""
     named: WeakKeyDictionary[Any, str | tuple[Any, ...]] | None = None
@@ -222,7 +229,7 @@ class Run:
     """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
     claimed: int = field(init=False)
     """Sequence of the claim with which this attempt began; it may renew it."""
-    locks: list[Lock] = field(default_factory=list)
+    locks: list[Holding] = field(default_factory=list)
     """Locks in whose blocks it is."""
     barred: str = ""
     """Why it must not begin."""
@@ -260,6 +267,8 @@ class Run:
         """Stop the handler at its next await, or leave that to the caller; False if it is being stopped already."""
         if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
             return False  # the event that ends the task is on its way already
+        if self.concluding is not None and stop is Stop.CANCEL:
+            return False  # it is being rolled back
         self.stop, self.stop_reason = stop, reason
         self.slot.leaving = True
         if self.runner is not None and at_once:
@@ -380,14 +389,19 @@ class Run:
         return await self.log.post(event)
 
     async def finish(
-        self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
+        self,
+        state: State,
+        parts: Sequence[Part] = (),
+        *,
+        error: A2AError | None = None,
+        dead: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write the terminal event; returns when it is stored."""
         extra: dict[str, str] = {}
-        metadata: dict[str, Any] | None = None
         if error is not None:
             extra[h.ERROR] = error.reason
-            metadata = {"weft.error": {"reason": error.reason, **error.metadata}}
+            metadata = {**(metadata or {}), "weft.error": {"reason": error.reason, **error.metadata}}
             if error.violations:
                 metadata["weft.error"]["violations"] = {v.field: v.description for v in error.violations}
         if dead:

@@ -20,6 +20,7 @@ from weft.core.broker import Delivered
 from weft.host.locking import Lock
 from weft.host.owner import Owner
 from weft.host.run import Run
+from weft.host.turn import Queue
 from weft.host.waits import Wait, Waits
 from weft_protocols import subjects
 from weft_protocols.errors import (
@@ -51,22 +52,22 @@ LOCK: Final = "lock"
 TOLD: Final = frozenset(("child", "order", LOCK))
 """Kinds of waits that can be part of a deadlock. What waits for an answer or a time is not stuck."""
 _Key = tuple[str, str]
-_Waiting = tuple[Run, Wait]
 
 
 class Session:
     """The locks and waits of one replica."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, queue: Queue) -> None:
         self._owner = owner
+        self._queue = queue
         self._asked: dict[str, Lock] = {}
         """Locks that are waited for, by request."""
         self._held: dict[str, Lock] = {}
         self._giving: dict[str, bytes] = {}
         """Requests that were given back and not confirmed yet, with the message that says so."""
-        self._waits: dict[_Key, _Waiting] = {}
+        self._waits: dict[_Key, tuple[Waits, Wait]] = {}
         """Waits the coordinator was told of, by task and wait."""
-        self._changed: dict[_Key, _Waiting | None] = {}
+        self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
         """What it is to be told: a wait, or None for one that is over."""
         self._tick: asyncio.TimerHandle | None = None
         self._telling: asyncio.TimerHandle | None = None
@@ -103,7 +104,8 @@ class Session:
         if await self._ask(lock, ASK if not lock.wait else min(ASK, lock.wait)):
             return
         if lock.wait == 0:
-            raise LockTimeout(f"lock {lock} is not free, and task {lock.run.task_id} does not wait for it")
+            why = "is not free" if lock.outcome is not None else "could not be asked for: no coordinator answers"
+            raise LockTimeout(f"lock {lock} {why}, and task {lock.run.task_id} does not wait for it")
         async with lock.run.slot.waiting():
             try:
                 async with asyncio.timeout_at(until):
@@ -215,9 +217,7 @@ class Session:
             if control.op == "lock":
                 self._on_lock(told)
             elif control.op == "deadlock":
-                wait = self._wait_of(told["task"], told["wait"])
-                if wait is not None:
-                    wait.give_way(_cycle(told["cycle"]))
+                self._on_deadlock(told["task"], told["wait"], _cycle(told["cycle"]))
             elif control.op == "waiting?":
                 self._on_question(told)
             elif control.op == "resync":
@@ -252,13 +252,34 @@ class Session:
 
     def _on_question(self, told: Mapping[str, Any]) -> None:
         """Whether a wait goes on and nothing else of its task does: asked before anybody gives way."""
-        run = self._owner.live.get(told["task"])
-        waits = run is not None and self._wait_of(told["task"], told["wait"]) is not None and _stuck(run)
-        self._post("confirm", {"question": told["question"], "waits": waits})
+        found = self._wait_of(told["task"], told["wait"])
+        self._post("confirm", {"question": told["question"], "waits": found is not None and self._stuck(found[0])})
 
-    def _wait_of(self, task_id: str, wait_id: str) -> Wait | None:
-        run = self._owner.live.get(task_id)
-        return next((one for one in (run.waits.all if run is not None else ()) if _id(one) == wait_id), None)
+    def _on_deadlock(self, task_id: str, wait_id: str, cycle: tuple[CycleEdge, ...]) -> None:
+        """A wait gives way: its branch is told, or the task is refused where it has not begun."""
+        found = self._wait_of(task_id, wait_id)
+        if found is not None and not self._queue.refuse(task_id, f"DeadlockError: {DeadlockError(cycle=cycle)}"):
+            found[1].give_way(cycle)
+
+    def _wait_of(self, task_id: str, wait_id: str) -> tuple[Waits, Wait] | None:
+        """A wait that goes on, as the coordinator calls it."""
+        lock, run = self._asked.get(wait_id), self._owner.live.get(task_id)
+        if lock is None or run is None or lock.run is not run:
+            return self._waits.get((task_id, wait_id))
+        return next(((run.waits, wait) for wait in run.waits.all if _id(wait) == wait_id), None)
+
+    def _stuck(self, waits: Waits) -> bool:
+        """Whether nothing of a task goes on before others do, as far as its replica can see.
+
+        A branch in the block of a lock counts as going on where no wait is inside that block.
+        """
+        run = self._owner.live.get(waits.task_id)
+        if not waits.idle or any(wait.kind not in TOLD for wait in waits.all):
+            return False
+        if run is None or run.waits is not waits:
+            return waits.task_id in self._queue  # it has not begun
+        waited_in = {id(lock) for wait in waits.all for lock in wait.around}
+        return run.stop is None and not run.ended and all(id(lock) in waited_in for lock in run.locks)
 
     # The session -------------------------------------------------------------------------------
 
@@ -337,8 +358,8 @@ class Session:
             return  # of a wait for a lock the coordinator knows: what it may not know is that nothing else goes on
         run = self._owner.live.get(waits.task_id)
         key = (waits.task_id, _id(wait))
-        if opened and run is not None:
-            self._changed[key] = (run, wait)
+        if opened:
+            self._changed[key] = (waits, wait)
         elif key in self._waits:
             self._changed[key] = None
         else:
@@ -366,11 +387,11 @@ class Session:
                 self._waits.pop(key, None)
                 over.append(key)
                 continue
-            run, wait = one
-            if not _stuck(run):
+            waits, wait = one
+            if not self._stuck(waits):
                 continue  # told when what else goes on is over
             if wait.kind == LOCK or key in self._waits:
-                again.add(run.task_id)
+                again.add(waits.task_id)
             else:
                 self._waits[key] = one
                 begun.append([*key, wait.need or len(wait.targets), [[wait.kind, target] for target in wait.targets]])
@@ -406,15 +427,3 @@ def _cycle(told: Any) -> tuple[CycleEdge, ...]:
 def _id(wait: Wait) -> str:
     """How the coordinator calls a wait: the request for a lock by its id."""
     return wait.key if wait.kind == LOCK else str(wait.id)
-
-
-def _stuck(run: Run) -> bool:
-    """Whether nothing of a task goes on before others do, as far as its replica can see.
-
-    A branch in the block of a lock counts as going on where no wait is inside that block.
-    """
-    waits = run.waits.all
-    if not run.waits.idle or run.stop is not None or run.ended or any(wait.kind not in TOLD for wait in waits):
-        return False
-    waited_in = {id(lock) for wait in waits for lock in wait.around}
-    return all(id(lock) in waited_in for lock in run.locks)

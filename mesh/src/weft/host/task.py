@@ -16,6 +16,7 @@ from weft.host.delegation import Delegating
 from weft.host.locking import Locking
 from weft.host.retry import ONCE, RetryPolicy
 from weft.host.run import Run
+from weft.host.saga import Undoing
 from weft.host.steps import try_step
 from weft.host.waiting import Waiting
 from weft_protocols import a2a
@@ -25,7 +26,7 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Locking, Waiting):
+class Task(Delegating, Locking, Undoing, Waiting):
     """A task, as its handler sees it.
 
     Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -21,6 +22,17 @@ Kind = Literal["child", "timer", "answer", "lock", "order"]
 PARKABLE: Final = frozenset(("child", "timer", "answer"))
 """What a task can wait for while it is not in memory."""
 _NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """Branches that do nothing but wait, so that the task need not go on before enough of them can."""
+
+    size: int
+    need: int
+
+
+_TOGETHER: ContextVar[Together | None] = ContextVar("weft_waits_together", default=None)
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +52,8 @@ class Wait:
     """Unix seconds at which it ends by itself; None for never."""
     asked: int = 0
     """Of an `answer`: stream sequence of the question's record. What was sent before it is no answer."""
+    together: Together | None = None
+    """The branches it is one of."""
     seen: dict[str, int] = field(default_factory=dict)
     """Of a `child`: number of the last event of each target whose question is known here already."""
     around: tuple[held.Holding, ...] = field(default_factory=held.around)
@@ -76,8 +90,6 @@ class Waits:
 
     def __init__(self, task_id: str, *, observers: Sequence[Observer] = ()) -> None:
         self.task_id = task_id
-        self.changed = asyncio.Event()
-        """Set at each change; whoever waits for it clears it."""
         self.changes = 0
         """How often something began or ended."""
         self.since = 0.0
@@ -102,7 +114,7 @@ class Waits:
         Raises:
             DeadlockError: the coordinator chose this wait to give way; what was inside was cancelled.
         """
-        wait = Wait(next(_NUMBERS), kind, targets, need, key, until)
+        wait = Wait(next(_NUMBERS), kind, targets, need, key, until, together=_TOGETHER.get())
         before = wait.branch.cancelling() if wait.branch is not None else 0
         self._open[wait.id] = wait
         self._tell(wait, opened=True)
@@ -115,6 +127,15 @@ class Waits:
         finally:
             del self._open[wait.id]
             self._tell(wait, opened=False)
+
+    @contextmanager
+    def together(self, size: int, need: int) -> Iterator[None]:
+        """Inside, `size` branches are begun that only wait for one child each; with `need` of them the task goes on."""
+        token = _TOGETHER.set(Together(size, need))
+        try:
+            yield
+        finally:
+            _TOGETHER.reset(token)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -157,7 +178,6 @@ class Waits:
         """Something changed: whoever decided on what was before decides again."""
         self.changes += 1
         self.since = asyncio.get_running_loop().time()
-        self.changed.set()
 
     def _settled(self) -> None:
         """Something other than a wait is over: what is left may be waits only."""
