@@ -17,6 +17,7 @@ from bench.processes import memory_mb
 from weft.core.broker import Broker
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft_coordinator.decide.index import TaskIndex
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.files import StateFile
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.projection import Projection
@@ -85,7 +86,7 @@ async def project(mesh: BrokerMesh, folder: Path) -> dict[str, Any]:
     index = TaskIndex(10_000)
     store = Store(file)
     projection = Projection(index, store, keep=10_000)
-    tail = Tail(broker, reader, projection, dead_letter=lambda _: None)
+    tail = Tail(broker, reader, projection, Copies(broker, store), dead_letter=lambda _: None)
     try:
         begun, cpu = time.monotonic(), time.process_time()
         await projection.open()

@@ -108,3 +108,20 @@ async def stubborn(task: weft.Task, at: str) -> str:
         except asyncio.CancelledError:
             scratch.leave("ignored", task.id)
     return "done anyway"
+
+
+@agent.skill()
+async def locked(task: weft.Task, name: str, at: str = "", lease: float = 30.0, wait: float | None = None) -> int:
+    """Waits at a gate with a lock, and then finds out whether it has it still."""
+    async with task.lock(name, wait=wait, lease=lease) as lock:
+        token = lock.token
+        scratch.leave("locked", task.id, task.attempt, token, os.getpid())
+        if at:
+            await scratch.passed(at)
+        try:
+            await task.update("still there")
+        except weft.LockLost:
+            scratch.leave("lost", task.id, task.attempt, token, os.getpid())
+            raise
+    scratch.leave("unlocked", task.id, task.attempt, token, os.getpid())
+    return token

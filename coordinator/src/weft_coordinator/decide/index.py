@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import sys
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -146,9 +146,12 @@ class TaskIndex:
         self._finished: deque[Entry] = deque()
         self._held: dict[tuple[str, str], list[Entry]] = {}
         self._dead: dict[Entry, None] = {}
+        self._open: dict[Entry, None] = {}
         self._changed: dict[Entry, None] = {}
         self._moved: dict[Entry, None] = {}
         self._counts: Counter[tuple[str, str, int]] = Counter()
+        self.retries: Counter[str] = Counter()
+        """Attempts after the first, by agent."""
         self.states: Counter[int] = Counter()
         """Number of tasks by state, those in the file included."""
         self.partial = False
@@ -206,6 +209,15 @@ class TaskIndex:
         """Tasks with a dead letter, the first one first."""
         return self._dead.keys()
 
+    def newest_dead(self) -> Iterator[Entry]:
+        """Tasks with a dead letter, the last one first."""
+        return reversed(self._dead)
+
+    @property
+    def open(self) -> Collection[Entry]:
+        """Tasks that have not ended."""
+        return self._open.keys()
+
     # With the file ------------------------------------------------------------------------------
 
     def adopt(self, entries: Iterable[Entry]) -> None:
@@ -218,6 +230,8 @@ class TaskIndex:
                 self._children.setdefault(entry.parent, {})[entry] = None
             if entry.ended:
                 self._finished.append(entry)
+            else:
+                self._open[entry] = None
             if entry.dead:
                 self._dead.setdefault(entry)
 
@@ -253,6 +267,7 @@ class TaskIndex:
         self._count(entry, -1)
         self._changed.pop(entry, None)
         self._moved.pop(entry, None)
+        self._open.pop(entry, None)
         self.drop(entry)
 
     def drop(self, entry: Entry) -> None:
@@ -350,11 +365,14 @@ class TaskIndex:
             detail.snapshot = seq
         attempt = h.get(headers, b"Weft-Attempt")
         if attempt is not None and attempt.isdigit():
+            if int(attempt) > max(1, detail.attempts):
+                self.retries[entry.agent] += 1
             detail.attempts = max(detail.attempts, int(attempt))
             detail.replica = (h.get(headers, b"Weft-Replica") or b"").decode("utf-8", "replace")
         self._enter(entry, state, seq, n=event.n, at=_told_at(entry, event, time))
         if not entry.ended:
             return None
+        self._open.pop(entry, None)
         self._finished.append(entry)
         self._finished.extend(self._held.pop(entry.key, ()))
         if h.get(headers, b"Weft-Dead-Letter") is None:
@@ -387,6 +405,7 @@ class TaskIndex:
         if entry is None:
             entry = Entry(sys.intern(agent), sys.intern(caller), task, first=seq)
             self._tasks[task] = (*self._tasks.get(task, ()), entry)
+            self._open[entry] = None
             self._count(entry, 1)
             self._changed[entry] = self._moved[entry] = None
         return entry

@@ -120,6 +120,8 @@ class ParkedTasks:
     kinds = frozenset({PARKED, WOKEN})
 
     def __init__(self) -> None:
+        self.follow: Callable[[Parked, bool], None] = lambda parked, here: None
+        """Is told of every task that is parked (True), or not any more."""
         self.load(None)
 
     def __len__(self) -> int:
@@ -203,6 +205,7 @@ class ParkedTasks:
         if known is not None:
             self._remove(known)
         self._tasks[parked.id] = parked
+        self.follow(parked, True)
         self._agents.setdefault(parked.task, []).append(parked.agent)
         for child in parked.children:
             self._parents.setdefault((child.agent, child.task), {})[parked.id] = None
@@ -213,6 +216,7 @@ class ParkedTasks:
 
     def _remove(self, parked: Parked) -> None:
         del self._tasks[parked.id]
+        self.follow(parked, False)
         agents = self._agents[parked.task]
         agents.remove(parked.agent)
         if not agents:

@@ -34,6 +34,8 @@ class Prefix:
     """Sequence of the first message that stays; 0 if nothing can go."""
     whole: bool
     """Whether all tasks that were looked at can go."""
+    cut: tuple[Entry, ...] = ()
+    """Of the tasks that can go, those that have messages behind it."""
 
 
 def prefix(entries: Sequence[Entry], rule: Rule, *, all: bool) -> Prefix:
@@ -44,15 +46,23 @@ def prefix(entries: Sequence[Entry], rule: Rule, *, all: bool) -> Prefix:
         rule: What holds.
         all: Whether these are the last ones there are.
     """
-    row = last = 0
+    gone: list[Entry] = []
+    staying: Entry | None = None
     for entry in entries:
         if rule.stays(entry):
-            return Prefix(row, min(entry.first, rule.stored + 1), whole=False)
-        row, last = entry.row, max(last, entry.last)
-    if not entries:
-        return Prefix(0, 0, whole=True)
-    # Behind the first message of the last one there may be those of others that follow, unless none do.
-    return Prefix(row, min((last if all else entries[-1].first) + 1, rule.stored + 1), whole=True)
+            staying = entry
+            break
+        gone.append(entry)
+    if staying is not None:
+        until = staying.first
+    elif all or not gone:
+        until = max((entry.last for entry in gone), default=-1) + 1
+    else:
+        # Behind the first message of the last one there may be those of others that follow.
+        until = gone[-1].first + 1
+    until = min(until, rule.stored + 1)
+    cut = tuple(entry for entry in gone if entry.last >= until)
+    return Prefix(gone[-1].row if gone else 0, until, whole=staying is None, cut=cut)
 
 
 def single(entries: Sequence[Entry], rule: Rule) -> list[Entry]:

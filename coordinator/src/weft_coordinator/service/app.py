@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import os
-import random
+import re
 import socket
 import time
 import uuid
@@ -21,26 +21,21 @@ from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
-from weft_coordinator.decide.parked import ParkedTasks
-from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service import micro
 from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
-from weft_coordinator.service.due import DuePart
+from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
 from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
-from weft_coordinator.service.routes import Routes
-from weft_coordinator.service.schedules import CRON, Scheduling
 from weft_coordinator.service.settings import Settings
-from weft_coordinator.service.tree import Trees
-from weft_coordinator.service.turns import Turning
-from weft_coordinator.service.waking import TIMER, Waking
+from weft_coordinator.service.standing import Standing
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
-from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.projection import Projection
@@ -51,6 +46,8 @@ from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
 from weft_protocols import headers as h
+from weft_protocols.accounts import CONNECTED, DISCONNECTED
+from weft_protocols.connections import COORDINATOR
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
@@ -61,7 +58,7 @@ from weft_protocols.errors import (
     WeftError,
 )
 from weft_protocols.resources import topology
-from weft_protocols.subjects import GRAMMAR
+from weft_protocols.subjects import GRAMMAR, ctl
 
 log = logging.getLogger("weft.coordinator")
 
@@ -69,15 +66,17 @@ QUEUE: Final = "reads"
 """Queue group in which each read is answered by one replica."""
 OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
-EVERYWHERE: Final = ("heartbeat",)
+EVERYWHERE: Final = ("heartbeat", "coordinators")
 """Operations every replica hears."""
 
 
 class Coordinator:
     """One replica of the coordinator on one connection, which stays its owner's."""
 
-    def __init__(self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None) -> None:
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    def __init__(
+        self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None, id: str | None = None
+    ) -> None:
+        self.id = id or new_id()
         self.settings = settings or Settings()
         self.local = local or LocalMesh.of(broker.settings)
         self.drift: tuple[Drift, ...] = ()
@@ -89,12 +88,12 @@ class Coordinator:
         self._reader = StreamReader(broker)
         self._file = StateFile.take(self.settings.state or self.local.state)
         self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
-        self._copies = Copies(broker, self.projection.store)
+        self.copies = Copies(broker, self.projection.store)
         self.tail = Tail(
             broker,
             self._reader,
             self.projection,
-            self._copies,
+            self.copies,
             dead_letter=self._on_dead_letter,
             idle=self.settings.poll,
         )
@@ -105,43 +104,38 @@ class Coordinator:
         self._operations = Operations(
             index=self._index,
             tail=self.tail,
-            reader=tasks,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        self._archive = Archive(
+        self.archive = Archive(
             broker,
             self.projection,
             self.tail,
-            self._copies,
+            self.copies,
             retention=self._retention,
             leading=lambda: self.leader.leading,
             grace=self.settings.grace,
             every=self.settings.archive_every,
         )
-        self._operations.projection = self._archive.facts
-        self._parked, schedules = ParkedTasks(), Schedules()
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(), self._parked, schedules)))
+        self._operations.projection = self.archive.facts
+        self.states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(self.states.ledgers))
         self.leader = Leader(
-            broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+            broker,
+            self._decided,
+            id=self.id,
+            clock=_now,
+            lease=self.settings.lease,
+            lead=self._on_lead,
+            deposed=self._on_deposed,
         )
-        waking = Waking(
-            broker, index=self._index, tail=self.tail, ledger=self._parked, leader=self.leader, clock=_now
-        )  # fmt: skip
-        scheduling = Scheduling(broker, local=self.local, ledger=schedules, leader=self.leader)
-        self._parts: tuple[Part, ...] = (
-            self._operations,
-            self._archive,
-            Trees(self.projection, self.tail),
-            Routes(self._store, self._operations.presence, clock=_now, random=random.random),
-            waking,
-            Turning(broker, index=self._index, tail=self.tail, clock=_now),
-            scheduling,
-            DuePart(broker, {TIMER: waking.due, CRON: scheduling.due}),
+        self.handback = HandBack(
+            broker, index=self._index, tail=self.tail, reader=self._reader, leader=lambda: self.leader, clock=_now
         )
+        self._parts = self._make_parts(tasks)
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -152,6 +146,24 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
+
+    def _make_parts(self, tasks: TaskReader) -> tuple[Part, ...]:
+        ground = Ground(
+            broker=self._broker,
+            settings=self.settings,
+            local=self.local,
+            reader=self._reader,
+            index=self._index,
+            projection=self.projection,
+            tail=self.tail,
+            tasks=tasks,
+            operations=self._operations,
+            store=self._store,
+            leader=self.leader,
+            clock=_now,
+        )
+        standing = Standing(self._facts, projection=lambda: self._operations.projection())
+        return (*make_parts(ground, self.states), self.archive, self.handback, standing)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
@@ -165,7 +177,7 @@ class Coordinator:
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
         await self.projection.open()
-        await self._copies.open()
+        await self.copies.open()
         await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
@@ -178,6 +190,9 @@ class Coordinator:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
+        await self._subscribe(CONNECTED, self.handback.on_connected, "")
+        await self._subscribe(DISCONNECTED, self.handback.on_disconnected, "")
+        await self._subscribe(ctl(COORDINATOR, self.id), lambda _: None, "")
         await self.leader.start()
         await self._broker.flush()
 
@@ -205,7 +220,7 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
-        await self._copies.close()
+        await self.copies.close()
         await self._reader.close()
         await self.projection.store.close()
         self._file.release()
@@ -255,7 +270,8 @@ class Coordinator:
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
-                self._archive.beat()
+                for part in self._parts:
+                    part.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -341,9 +357,12 @@ class Coordinator:
             "drift": [str(one) for one in self.drift],
             "role": "leader" if self.leader.leading else "standby",
             "leader": self.leader.term.leader,
+            "since": self.leader.term.since,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
-            "parked": len(self._parked),
+            "parked": len(self.states.parked),
+            "handed_back": self.handback.handed_back,
+            "host": socket.gethostname(),
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -455,6 +474,12 @@ def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
 def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
     body = {"error": {"type": type(error).__name__, "message": str(error)}}
     return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def new_id() -> str:
+    """An id for a coordinator in this process."""
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _now() -> int:

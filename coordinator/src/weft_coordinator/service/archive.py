@@ -26,7 +26,7 @@ from weft_protocols.subjects import GRAMMAR
 
 log = logging.getLogger("weft.coordinator")
 
-LOOK: Final = 2000
+LOOK: Final = 4000
 """Tasks looked at in one step of a round."""
 STEPS: Final = 25
 """Steps of one round at most; the next one goes on."""
@@ -156,15 +156,18 @@ class Archive(Part):
 
     async def _leave(self, rule: Rule, *, enough: int = 0) -> None:
         """Everything before the first message that stays, then single tasks; until the stream has `enough` bytes."""
+        cut: list[Entry] = []
         for _ in range(STEPS):
             found = await self._projection.store.after_row(self._row, LOOK)
             gone = prefix(found, rule, all=len(found) < LOOK)
             self._row = max(self._row, gone.row)
+            cut += gone.cut
             if gone.until > self._until:
                 await self._purge(gone.until)
                 self._until = gone.until
             if not gone.whole or len(found) < LOOK or (enough and await self._bytes() <= enough):
                 break
+        await self._remove([one for one in cut if one.last >= self._until])
         if not (enough and await self._bytes() <= enough):
             await self._leave_one_by_one(rule)
 
@@ -174,15 +177,17 @@ class Archive(Part):
         row = max(self._single_row, self._row)
         found = await self._projection.store.after_row(row, LOOK)
         self._single_row = found[-1].row if len(found) == LOOK else -1
-        due = [one for one in single(found, rule) if one.row not in self._purged]
+        await self._remove([one for one in single(found, rule) if one.row not in self._purged])
+
+    async def _remove(self, due: list[Entry]) -> None:
+        """Tasks, one by one."""
         if not due:
             return
         await self._mark(max(one.last for one in due))
-        gone: list[int] = []
         for entry in due:
             for subject in await self._projection.store.subjects_of(entry):
                 await self._purge(0, filter=subject)
-            gone.append(entry.row)
+        gone = [one.row for one in due if one.row > self._row]
         self._purged |= set(gone)
         await self._projection.store.note_purged(gone, upto=self._row)
 

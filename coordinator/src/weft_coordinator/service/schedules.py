@@ -20,8 +20,7 @@ from weft.core.pull import Delivery
 from weft.core.scheduleconf import ScheduleConfig
 from weft_coordinator.decide.schedules import UNSCHEDULED, Scheduled, Schedules
 from weft_coordinator.service.due import KEPT, SCHEDULE, TARGET, ZONE
-from weft_coordinator.service.operations import operator_only
-from weft_coordinator.service.part import Body, Handler, Part
+from weft_coordinator.service.part import Body, Handler, Part, operator_only
 from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_protocols import a2a, ids, subjects
@@ -52,7 +51,7 @@ class Scheduling(Part):
         self._local = local
         self._ledger = ledger
         self._leader = leader
-        self._changed = 0.0
+        self._changed = 0
         """When the file was changed that was read last; 0 for none."""
 
     @property
@@ -64,11 +63,11 @@ class Scheduling(Part):
 
     async def lead(self) -> None:
         """The broker's schedules are compared in the first `tick`."""
-        self._changed = 0.0
+        self._changed = 0
 
     async def tick(self, now: int) -> None:
         """Give the broker what `mesh.yaml` says, when it was changed."""
-        changed = self._local.config_changed()
+        changed = self._local.config_mark()
         if not changed or changed == self._changed:
             return
         try:
@@ -113,7 +112,11 @@ class Scheduling(Part):
         known = self._ledger.all.get(name)
         if known is None:
             return
-        told = ScheduleConfig.of(json.loads(delivery.data))
+        try:
+            told = ScheduleConfig.of(json.loads(delivery.data))
+        except (ValueError, TypeError, AttributeError) as error:
+            log.error("schedule %s: what is due cannot be read: %s", name, error)
+            return
         at = _stored_at(delivery)
         if told.missed == "last" and await self._overtaken(delivery):
             log.info("schedule %s: the time %s is left out, a later one is due", name, _iso(at))

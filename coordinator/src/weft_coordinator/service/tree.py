@@ -1,7 +1,8 @@
-"""The delegation tree around a task, as much of it as the caller may see."""
+"""A task as a whole: the delegation tree around it, as much of it as the caller may see, and all its messages."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from weft_coordinator.service.part import Body, Handler, Part
 from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.tail import Tail
 from weft_protocols import subjects
-from weft_protocols.errors import A2AError, InvalidParams, TaskNotFound
+from weft_protocols.errors import A2AError, InvalidParams, PermissionDenied, TaskNotFound
 from weft_protocols.events import read_stored
 from weft_protocols.states import State
 
@@ -20,12 +21,16 @@ NODES: Final = 1000
 """Tasks of one answer."""
 DEPTH: Final = 64
 """Ancestors that are looked for."""
+PAGE: Final = 500
+"""Messages of one answer."""
+PAGE_BYTES: Final = 400_000
+"""Bytes of them; an answer in base64 has a third more."""
 TEXT: Final = 200
 """Characters of a status that are shown."""
 
 
 class Trees(Part):
-    """The operation `tree`."""
+    """The operations `tree` and `messages`."""
 
     def __init__(self, projection: Projection, tail: Tail) -> None:
         self._index = projection.index
@@ -35,7 +40,7 @@ class Trees(Part):
     @property
     def operations(self) -> Mapping[str, Handler]:
         """By name."""
-        return {"tree": self._tree}
+        return {"tree": self._tree, "messages": self._messages}
 
     async def _tree(self, body: Body, caller: str) -> dict[str, Any]:
         """The tree from the highest ancestor the caller sent or works on down: parents come before their children.
@@ -58,6 +63,34 @@ class Trees(Part):
         shown = [_node(one, told.get(one.seq)) for one in nodes]
         shown[0]["parent"] = None
         return {"root": _name(seen[-1]), "nodes": shown, "more": more}
+
+    async def _messages(self, body: Body, caller: str) -> dict[str, Any]:
+        """What is stored about a task, wherever it is: creating message, inputs, claims, events and steps, in order.
+
+        For the operator, since steps are the agent's own. `after` is the sequence of the last message of the page
+        before. Headers and data are in base64; data that does not fit into an answer is left out (null).
+        """
+        if caller != subjects.OPERATOR:
+            raise PermissionDenied(
+                f"messages is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
+            )
+        fields = Fields(body)
+        task, after = fields.text("task"), fields.number("after", default=0)
+        fields.check("messages")
+        await self._tail.sync()
+        batch = await self._store.of_task(task, after=after, count=PAGE, size=PAGE_BYTES)
+        shown = [
+            {
+                "seq": one.seq,
+                "subject": one.subject,
+                "time": one.time,
+                "headers": base64.b64encode(one.headers or b"").decode(),
+                "data": base64.b64encode(one.data).decode() if len(one.data) <= PAGE_BYTES else None,
+                "size": len(one.data),
+            }
+            for one in batch.messages
+        ]
+        return {"messages": shown, "more": batch.more}
 
     async def _find(self, agent: str, task: str) -> Entry | None:
         """In memory, else in the file."""

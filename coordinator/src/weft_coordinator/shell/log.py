@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -110,6 +111,18 @@ class StreamReader:
         """The last message of an exact subject; None if there is none. Raises what `batch` raises."""
         found = await self._read(stream, {"last_by_subj": subject}, single=True)
         return found.messages[0] if found.messages else None
+
+    async def lasts(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        """The last message of each exact subject that has one, in stream order, as of one moment for every `COUNT`.
+
+        Raises what `batch` raises.
+        """
+        found: list[Stored] = []
+        for begin in range(0, len(subjects), COUNT):
+            body = {"multi_last": subjects[begin : begin + COUNT], "batch": COUNT}
+            batch = await self._read(stream, body, single=False)
+            found += batch.messages
+        return found
 
     async def _read(self, stream: str, body: dict[str, Any], *, single: bool) -> Batch:
         deadline = asyncio.get_running_loop().time() + PATIENCE

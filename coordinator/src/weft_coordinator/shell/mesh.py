@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from weft.core.config import CONFIG_NAME, ConnectionSettings, MeshConfig, load_m
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
 from weft.core.retentionconf import Retention
+from weft.core.watchconf import AlertTarget, WatchConfig
 from weft_protocols.errors import InvalidConfig, InvalidParams, Unavailable, UnsupportedOperation
+
+log = logging.getLogger("weft.coordinator")
 
 KINDS: Final = ("agent", "caller")
 DEFAULT_DURABILITY: Final = "strict"
@@ -52,19 +56,12 @@ class LocalMesh:
             return -1
         return load_mesh_config(config).broker.max_bytes
 
-    def retention(self) -> Retention:
-        """How long finished tasks stay in the stream: as `mesh.yaml` says, changed by the environment."""
-        base = Retention()
-        if self.home is not None and (config := self.home.root.parent / CONFIG_NAME).is_file():
-            base = load_mesh_config(config).retention
-        return Retention.load(os.environ, base)
-
-    def config_changed(self) -> float:
-        """When `mesh.yaml` was last changed, as the file system tells it; 0 if it is not here."""
+    def config_mark(self) -> int:
+        """Changes when `mesh.yaml` does; 0 while there is none."""
         try:
-            return self._config.stat().st_mtime if self._config is not None else 0.0
+            return self._config.stat().st_mtime_ns if self._config is not None else 0
         except OSError:
-            return 0.0
+            return 0
 
     def config(self) -> MeshConfig:
         """What `mesh.yaml` says. Raises InvalidConfig where it is wrong or not here."""
@@ -75,6 +72,24 @@ class LocalMesh:
     @property
     def _config(self) -> Path | None:
         return self.home.root.parent / CONFIG_NAME if self.home is not None else None
+
+    def retention(self) -> Retention:
+        """How long finished tasks stay in the stream: as `mesh.yaml` says, changed by the environment."""
+        base = Retention()
+        if self._config is not None and self._config.is_file():
+            base = load_mesh_config(self._config).retention
+        return Retention.load(os.environ, base)
+
+    def watch(self) -> tuple[WatchConfig, tuple[AlertTarget, ...]]:
+        """The watchdog's limits and who is told, as `mesh.yaml` sets them; the defaults while it has a mistake."""
+        if self._config is None or not self._config.is_file():
+            return WatchConfig(), ()
+        try:
+            read = load_mesh_config(self._config)
+        except InvalidConfig as error:
+            log.warning("mesh.yaml is not read: %s", error)
+            return WatchConfig(), ()
+        return read.watchdog, read.alerts
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

@@ -315,6 +315,26 @@ class Store:
             ]
         )
 
+    async def of_task(self, task: str, *, after: int, count: int, size: int) -> Batch:
+        """Everything stored about a task after a sequence, of all kinds and whoever wrote it; about `size` bytes."""
+        query = (
+            "SELECT seq, subject, time, headers, data FROM messages INDEXED BY messages_of_task "
+            "WHERE owner = ? AND seq > ? ORDER BY seq LIMIT ?"
+        )
+
+        def work(c: sqlite3.Connection) -> Batch:
+            found: list[Stored] = []
+            room = size
+            with contextlib.closing(c.execute(query, (rows.owner_of(task), after, count + 1))) as cursor:
+                for row in cursor:
+                    if len(found) == count or (found and room < len(row[4])):
+                        return Batch(found, True)
+                    found.append(rows.message_of(row, STREAM))
+                    room -= len(row[3]) + len(row[4])
+            return Batch([one for one in found if task in one.subject.split(".")], False)
+
+        return await self._database.read(work)
+
     async def message(self, seq: int) -> Stored | None:
         """The message with a sequence."""
         query = "SELECT seq, subject, time, headers, data FROM messages WHERE seq = ?"

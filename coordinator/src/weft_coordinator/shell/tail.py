@@ -51,6 +51,11 @@ class Rounds:
             await self._round()
             self._done = number
 
+    @property
+    def alone(self) -> asyncio.Lock:
+        """To be held by who must not meet a round."""
+        return self._turn
+
     async def _round(self) -> None:
         raise NotImplementedError
 

@@ -97,6 +97,13 @@ class TaskReader:
                 return [page[number] for number in sorted(page)]
             start = batch.messages[-1].seq + 1
 
+    async def creating(self, entry: Entry) -> Stored | None:
+        """The message that created a task; None if it is not known or gone."""
+        if not entry.created:
+            return None
+        subject = subjects.task(entry.agent, entry.slice, entry.caller, entry.task)
+        return await self._sources.of(entry).last(subject)
+
     async def dead_letter(self, entry: Entry) -> DeadLetter | None:
         """Why a task was given up; None if the record is gone."""
         key = subjects.step_token(records.DEAD_LETTER_KEY)

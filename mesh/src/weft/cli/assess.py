@@ -40,11 +40,12 @@ class Check:
 
 
 def assess(facts: Facts) -> list[Check]:
-    """Every part of the mesh, in the order broker, streams, coordinator, gateway, agents."""
+    """Every part of the mesh, in the order broker, streams, coordinator, incidents, gateway, agents."""
     return [
         _broker(facts),
         *_streams(facts),
         _coordinator(facts),
+        *_incidents(facts),
         *_gateway(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
         *_other_processes(facts),
@@ -86,6 +87,15 @@ def _coordinator(facts: Facts) -> Check:
     state = f" (its process is {row['state']}{reason})" if row is not None else ""
     after = "mesh restart coordinator" if row is not None else "mesh ps"
     return Check("coordinator", DOWN, f"{facts.silence}{state}; tasks run on, locks and lists wait", after)
+
+
+def _incidents(facts: Facts) -> Iterator[Check]:
+    """Open incidents by name. Only critical ones say that the mesh is not well."""
+    for one in facts.incidents:
+        critical = one["severity"] == "critical"
+        after = f"mesh incidents show {one['id']}"
+        detail = f"{one['severity']}: {one['title']}"
+        yield Check(f"incident {one['id']}", DEGRADED if critical else OK, detail, after if critical else "")
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:

@@ -67,6 +67,8 @@ class Heartbeat:
     failed: int = 0
     last_progress: int = 0
     """Unix milliseconds of the last event, step or result; 0 for none."""
+    stalled: Sequence[tuple[str, int, str]] = ()
+    """Tasks that made no progress in time: task id, unix milliseconds of the last, what it is at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,14 @@ class DeadLetterInfo(_Told):
     message: int = 0
     """Stream sequence of the creating message."""
     at: int = 0
+    state: str = "open"
+    """`open`, `redriven` or `discarded`."""
+    redriven_as: str = ""
+    """The task of its last redrive."""
+    redrives: int = 0
+    discarded_because: str = ""
+    time: int = 0
+    """When it was given up."""
 
 
 @dataclass(frozen=True, slots=True)

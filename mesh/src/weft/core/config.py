@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
 from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
+from weft.core.watchconf import AlertTarget, WatchConfig, read_alerts, read_watchdog
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -181,8 +183,11 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
-    retention: Retention = field(default_factory=Retention)
     schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+    watchdog: WatchConfig = field(default_factory=WatchConfig)
+    alerts: tuple[AlertTarget, ...] = ()
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -218,7 +223,10 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        known = ("name", "broker", "agents", "callers", "gateway", "retention", "schedules")
+        known = (
+            "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
+            "alerts",
+        )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
@@ -231,8 +239,11 @@ class _Reader(YamlReader):
             agents=agents,
             callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
-            retention=read_retention(self, fields.get("retention")),
             schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
+            retention=read_retention(self, fields.get("retention")),
+            watchdog=read_watchdog(self, fields.get("watchdog")),
+            alerts=read_alerts(self, fields.get("alerts"), folder=folder),
+            coordinator=read_coordinator(self, fields.get("coordinator")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

@@ -50,17 +50,19 @@ class Agent:
         retry: the same with the pauses between the attempts, and errors that end a task at once.
         suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
             what it waits for has happened.
+        progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
+            the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
         breaker: when a replica of this agent stops calling another one whose tasks fail; None is never.
         shed: whether a task is failed at once where even a quick run of its skill, as far as this replica has seen
             at least 20, would not be done by its deadline.
         rollback_timeout: seconds for undoing what a task did (`Task.on_rollback`) before it ends without.
-        ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
-            they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
         weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
         cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
         max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
         reentrant: whether a task of this agent may, further down its chain, delegate to this agent again.
+        ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
+            they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
         card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
             What it sets wins over what is declared here; where it lists skills, only those are shown.
         extended_card: what callers who ask for the extended card see over the card: the same form, skills are added.
@@ -80,7 +82,6 @@ class Agent:
         retry: RetryPolicy | None = None,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
-        ordering: Literal["context"] | None = None,
         weight: float = 1.0,
         cost: float = 0.0,
         breaker: BreakerPolicy | None = BREAKER,
@@ -88,6 +89,8 @@ class Agent:
         rollback_timeout: float = 60.0,
         max_hops: int = HOPS,
         reentrant: bool = False,
+        ordering: Literal["context"] | None = None,
+        progress_within: float = 600.0,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -98,19 +101,20 @@ class Agent:
         self.concurrency = _at_least(1, concurrency, f"concurrency of agent {name}")
         self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
+        self.progress_within = _at_least(0.1, progress_within, f"progress_within of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
         self.breaker = breaker
         self.shed = shed
         self.rollback_timeout = _at_least(0.0, rollback_timeout, f"rollback_timeout of agent {name}")
-        if ordering not in ("context", None):
-            raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
-        self.ordering = ordering
         self.weight = _at_least(0.0, weight, f"weight of agent {name}")
         self.cost = _at_least(0.0, cost, f"cost of agent {name}")
         self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")
         if max_hops > MOST_HOPS:
             raise InvalidConfig(f"max_hops of agent {name} is {max_hops}; a message has room for {MOST_HOPS}")
         self.reentrant = reentrant
+        if ordering not in ("context", None):
+            raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
+        self.ordering = ordering
         self.card = card
         self.extended_card = extended_card
         self.skills: dict[str, Skill] = {}

@@ -26,6 +26,7 @@ from weft_protocols.errors import (
     AgentNotFound,
     CircuitOpen,
     DeadlineExceeded,
+    DeadlockError,
     DelegationLoop,
     StepChanged,
     TaskCanceled,
@@ -135,7 +136,7 @@ class Delegation:
         until = None if left is None else time.time() + left
         try:
             view, task = await self._sent(agent, message_id, headers=headers, until=until)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, DeadlockError):
             self._choice.nothing_learned(agent)
             if run.stop is None:
                 await run.cancel_child(child_id, "its parent does not wait for it any more")

@@ -103,6 +103,8 @@ class Inputs:
         if control.op == "drain":
             self._replica.stop()
             return
+        if control.op == "ping":
+            return  # that it was heard at all is what the coordinator wanted to know
         if (take := self._replica.controls.get(control.op)) is not None:
             take(control, message)
             return

@@ -32,6 +32,7 @@ from weft.host.owner import Counters
 from weft.host.pace import Paces
 from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
+from weft.host.session import OPS, Session
 from weft.host.slots import SlotHold, Slots
 from weft.host.threads import Threads
 from weft.host.turn import Queue
@@ -53,6 +54,11 @@ CLOSING: Final = 1.0
 """Seconds for handlers to end when there is nothing left to say."""
 
 
+def new_replica_id() -> str:
+    """An id for a replica in this process."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 class Replica:
     """Runs one agent on one connection until it is told to stop or its account is revoked."""
 
@@ -67,9 +73,11 @@ class Replica:
         self.agent = agent
         self.broker = broker
         self.mesh = Mesh(broker)
-        self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.id = replica_id or new_replica_id()
         self.durability = durability or DURABILITY["laptop"]
         self.counters = Counters()
+        self.progress_within = agent.progress_within
+        """Seconds after which it reports a task in work that makes no progress."""
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
         self.draining = False
@@ -85,8 +93,11 @@ class Replica:
         self.parking = Parking(self)
         self.observers.append(self.parking)
         self.queue = Queue(self)
+        self.session = Session(self, self.queue)
+        self.observers.append(self.session)
         self.controls: dict[str, Callable[[Control, Delivered], None]] = {"turn": self.queue.told}
         """Who takes a control message, by its `op`."""
+        self.controls.update(dict.fromkeys(OPS, self.session.on_control))
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
@@ -142,7 +153,8 @@ class Replica:
                 await loop.stop()
         self.queue.leave()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
+            waits = run.log.last_state.interrupted or run.waits.parkable
+            if waits and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True
@@ -411,6 +423,7 @@ class Replica:
             slot=slot,
             settle=self.settle,
             threads=self.threads,
+            session=self.session,
             circuits=self.circuits,
             waits=Waits(work.task_id, observers=self.observers),
         )
@@ -427,6 +440,7 @@ class Replica:
             del self.live[run.task_id]
             self.parking.forget(run.task_id)
             self.queue.ended(run)
+        self.session.end(run)
         for ack in run.deliveries:
             if ack in self._held:
                 self.again(ack, 0.2)

@@ -20,6 +20,7 @@ from weft.client import content
 from weft.core import blobs
 from weft.host.circuits import Circuits
 from weft.host.fence import Fence
+from weft.host.held import Granting, Holding
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.rollback import Rollback
@@ -184,6 +185,8 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
+    session: Granting
+    """Where locks are asked for."""
     waits: Waits
     """What it waits for."""
     circuits: Circuits
@@ -224,6 +227,10 @@ class Run:
     """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
     """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
+    claimed: int = field(init=False)
+    """Sequence of the claim with which this attempt began; it may renew it."""
+    locks: list[Holding] = field(default_factory=list)
+    """Locks in whose blocks it is."""
     barred: str = ""
     """Why it must not begin."""
     stop: Stop | None = None
@@ -233,7 +240,12 @@ class Run:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Steps whose body runs, by key, and since when: unix seconds."""
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.claimed = self.fence.token
 
     @property
     def task_id(self) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import values
+from weft.host import held, progress, values
 from weft.host.delegation import Delegating
+from weft.host.locking import Locking
 from weft.host.retry import ONCE, RetryPolicy
 from weft.host.run import Run
 from weft.host.saga import Undoing
@@ -25,7 +26,7 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Undoing, Waiting):
+class Task(Delegating, Locking, Undoing, Waiting):
     """A task, as its handler sees it.
 
     Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from
@@ -102,6 +103,7 @@ class Task(Delegating, Undoing, Waiting):
 
     async def update(self, message: Any = None, **metadata: Any) -> None:
         """Tell the caller how it goes: a `working` status with a message and metadata."""
+        held.check()
         parts = a2a.parts_of(message) if message is not None else ()
         await self._run.status(State.WORKING, parts, metadata=metadata or None)
 
@@ -119,6 +121,7 @@ class Task(Delegating, Undoing, Waiting):
         `content` is text, bytes, a part, several parts, any JSON value, or an async iterable of text or bytes,
         which is streamed: each item leaves as a chunk of its own. The same name again replaces the artifact.
         """
+        held.check()
         key = artifact_id or str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.id}/{name}"))
         if isinstance(content, AsyncIterable):
             await self._stream(key, name, chunks=content, media_type=media_type, description=description)
@@ -182,7 +185,7 @@ class Task(Delegating, Undoing, Waiting):
         if stored is not None:
             return await self._recorded(StepRecord.decode(stored.data), digest=digest, returns=returns)
         started = time.monotonic()
-        with run.waits.working():
+        with run.waits.working(), progress.step(run, key):
             result, tries = await try_step(key, fn, args=args, kwargs=kwargs, policy=policy, run=run)
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
+
+from weft.host import held
+from weft_protocols.errors import CycleEdge, DeadlockError
 
 Kind = Literal["child", "timer", "answer", "lock", "order"]
 PARKABLE: Final = frozenset(("child", "timer", "answer"))
@@ -53,13 +56,27 @@ class Wait:
     """The branches it is one of."""
     seen: dict[str, int] = field(default_factory=dict)
     """Of a `child`: number of the last event of each target whose question is known here already."""
+    around: tuple[held.Holding, ...] = field(default_factory=held.around)
+    """Locks that are held as long as it lasts."""
+    branch: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    """Who waits."""
+    told: bool = False
+    """Whether its observers were told of it before."""
+    cycle: tuple[CycleEdge, ...] = ()
+    """The deadlock in which it gives way; empty where it does not."""
+
+    def give_way(self, cycle: tuple[CycleEdge, ...]) -> None:
+        """End it with DeadlockError."""
+        if not self.cycle and self.branch is not None:
+            self.cycle = cycle
+            self.branch.cancel("deadlock")
 
 
 class Observer(Protocol):
     """Is told of every wait of every task of a replica. Must not block or raise."""
 
     def __call__(self, waits: Waits, wait: Wait, opened: bool) -> None:
-        """`wait` began, or ended."""
+        """`wait` began, or ended. Told again of one that goes on when nothing else of its task does."""
         ...
 
 
@@ -73,8 +90,6 @@ class Waits:
 
     def __init__(self, task_id: str, *, observers: Sequence[Observer] = ()) -> None:
         self.task_id = task_id
-        self.changed = asyncio.Event()
-        """Set at each change; whoever waits for it clears it."""
         self.changes = 0
         """How often something began or ended."""
         self.since = 0.0
@@ -94,12 +109,21 @@ class Waits:
         key: str = "",
         until: float | None = None,
     ) -> Iterator[Wait]:
-        """Inside, a branch of the task waits for `need` (0: all) of `targets`, at most until `until`."""
+        """Inside, a branch of the task waits for `need` (0: all) of `targets`, at most until `until`.
+
+        Raises:
+            DeadlockError: the coordinator chose this wait to give way; what was inside was cancelled.
+        """
         wait = Wait(next(_NUMBERS), kind, targets, need, key, until, together=_TOGETHER.get())
+        before = wait.branch.cancelling() if wait.branch is not None else 0
         self._open[wait.id] = wait
         self._tell(wait, opened=True)
         try:
             yield wait
+        except asyncio.CancelledError:
+            if wait.cycle and wait.branch is not None and wait.branch.uncancel() <= before:
+                raise DeadlockError(cycle=wait.cycle) from None
+            raise
         finally:
             del self._open[wait.id]
             self._tell(wait, opened=False)
@@ -122,7 +146,7 @@ class Waits:
             yield
         finally:
             self._working -= 1
-            self.touch()
+            self._settled()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -133,7 +157,7 @@ class Waits:
             yield
         finally:
             self._kept -= 1
-            self.touch()
+            self._settled()
 
     @property
     def idle(self) -> bool:
@@ -154,9 +178,17 @@ class Waits:
         """Something changed: whoever decided on what was before decides again."""
         self.changes += 1
         self.since = asyncio.get_running_loop().time()
-        self.changed.set()
+
+    def _settled(self) -> None:
+        """Something other than a wait is over: what is left may be waits only."""
+        self.touch()
+        if self._open and not self._working:
+            for wait in self.all:
+                for observer in self._observers:
+                    observer(self, wait, True)
 
     def _tell(self, wait: Wait, *, opened: bool) -> None:
         self.touch()
         for observer in self._observers:
             observer(self, wait, opened)
+        wait.told = True
