@@ -57,6 +57,7 @@ class LockPart(Part):
         self._locks = shared.locks
         self._detector = detector
         self._find = shared.find
+        self._ancestors = shared.ancestors
         self._tail = shared.tail
         self._speaker = shared.speaker
         self._clock = shared.clock
@@ -244,15 +245,6 @@ class LockPart(Part):
                 self.decide(lambda: self._locks.release(ask.agent, ask.request, claim=ask.claim))
             else:
                 self._detector.queued(request)
-
-    def _ancestors(self, entry: Entry) -> tuple[str, ...]:
-        """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
-        found: list[str] = []
-        above: Entry | None = entry
-        while above is not None and above.parent is not None and above.parent[1] not in found:
-            found.append(above.parent[1])
-            above = self._find(*above.parent)
-        return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
         fields = Fields(body)
