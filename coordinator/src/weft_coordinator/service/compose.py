@@ -20,7 +20,6 @@ from weft_coordinator.decide.schedules import Schedules
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.deciding import Shared, Speaker
 from weft_coordinator.service.due import DuePart
-from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.letters import DeadLetters
 from weft_coordinator.service.locks import LockPart
 from weft_coordinator.service.observe import Observer
@@ -98,14 +97,6 @@ def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
         *_waits(ground, states),
         *_locks(ground, states),
         *_watch(ground, states),
-        HandBack(
-            ground.broker,
-            ground.leader,
-            index=ground.index,
-            tail=ground.tail,
-            reader=ground.reader,
-            clock=ground.clock,
-        ),
     )
 
 

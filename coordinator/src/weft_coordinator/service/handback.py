@@ -45,11 +45,11 @@ class HandBack(Part):
     def __init__(
         self,
         broker: Broker,
-        leader: Leader,
         *,
         index: TaskIndex,
         tail: Tail,
         reader: StreamReader,
+        leader: Callable[[], Leader],
         clock: Callable[[], int],
     ) -> None:
         self.handed_back = 0
@@ -104,12 +104,12 @@ class HandBack(Part):
         self._connections.forget()
 
     async def _look_after(self, peer: Peer) -> None:
-        delivered = await self._delivered(peer[0], "work") if self._leader.leading else None
+        delivered = await self._delivered(peer[0], "work") if self._leader().leading else None
         await asyncio.sleep(handback.WAIT / 1000 + MARGIN)
         await self._act(peer[0], delivered)
 
     async def _act(self, agent: str, delivered: handback.Delivered | None) -> None:
-        leader = self._leader
+        leader = self._leader()
         async with self._turns.setdefault(agent, asyncio.Lock()):
             due = self._connections.gone(self._clock(), agent=agent)
             if not due or leader.leading == (agent == COORDINATOR):
