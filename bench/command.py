@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import idle, report, roundtrip, takeover
+from bench import graph, idle, leader, locks, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "idle", "history")
+CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph")
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -35,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--inflight", default="1,64", help="tasks in flight (default %(default)s)")
     made.add_argument("--sizes", default="256,4096", help="bytes of the text (default %(default)s)")
     made.add_argument("--kills", type=int, default=24, help="of takeover (default %(default)d)")
+    made.add_argument("--suspended", type=int, default=10_000, help="tasks of suspended (default %(default)d)")
+    made.add_argument("--events", type=int, default=100_000, help="of leader (default %(default)d)")
     made.add_argument("--finished", type=int, default=100_000, help="tasks of history (default %(default)d)")
+    made.add_argument("--waiting", type=int, default=100_000, help="tasks of graph (default %(default)d)")
     made.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default %(default)s")
     made.add_argument("--save", action="store_true", help="write bench/results/<time>.json as well")
     return made
@@ -78,8 +81,16 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await roundtrip.compare(roundtrip.HTTP, replace(load, sizes=load.sizes[:1]))
         elif case == "takeover":
             results[case] = await takeover.run(options.kills)
+        elif case == "leader":
+            results[case] = await leader.run(options.events)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
+        elif case == "graph":
+            results[case] = graph.run(options.waiting)
+        elif case == "locks":
+            results[case] = await locks.run()
+        elif case == "suspended":
+            results[case] = await suspended.run(options.suspended)
         else:
             small = replace(load, sizes=load.sizes[:1])
             results[case] = await roundtrip.with_history(options.finished, small)

@@ -25,8 +25,12 @@ def table(results: dict[str, Any]) -> str:
         ("roundtrip", _roundtrip),
         ("gateway", _gateway),
         ("takeover", _takeover),
+        ("leader", _leader),
         ("idle", _idle),
+        ("suspended", _suspended),
+        ("locks", _locks),
         ("history", _history),
+        ("graph", _graph),
     ):
         if case in results:
             lines += ["", *show(results[case])]
@@ -99,16 +103,61 @@ def _name(side: str) -> tuple[str, str]:
 ROLES: Final = ("client", "broker", "worker", "gateway")
 
 
-def _takeover(result: dict[str, Any]) -> Iterable[str]:
-    yield f"Takeover after SIGKILL: {result['kills']} kills, {result['tasks']} tasks in hand"
-    yield f"  p50 {result['p50_s']:.2f} s, longest {result['max_s']:.2f} s"
-    yield _goal("p99 in seconds", result["p99_s"], 6.0, less=True)
+def _takeover(results: Sequence[dict[str, Any]]) -> Iterable[str]:
+    for one in results:
+        beside = "beside a coordinator" if one["coordinator"] else "without a coordinator"
+        yield f"Takeover after SIGKILL, {one['durability']}, {beside}: {one['kills']} kills, {one['tasks']} tasks"
+        yield f"  p50 {one['p50_s']:.2f} s, longest {one['max_s']:.2f} s"
+        yield _goal("p99 in seconds", one["p99_s"], 4.0 if one["coordinator"] else 6.0, less=True)
+
+
+def _leader(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Leader: {result['events']} decisions in {result['commits']} commits, {result['per_s']:.0f} a second"
+    yield f"  p50 {result['p50_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms"
+    yield _goal("read anew from the log, in seconds", result["rebuild_s"], 3.0, less=True)
+    yield _goal("read anew from a snapshot, in seconds", result["snapshot_s"], 1.0, less=True)
 
 
 def _idle(result: dict[str, Any]) -> Iterable[str]:
     yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
     yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
     yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _suspended(result: dict[str, Any]) -> Iterable[str]:
+    tasks, agent, leader = result["tasks"], result["agent_mb"], result["coordinator_mb"]
+    yield f"Suspended: {tasks} tasks wait for one time; all out of memory {result['parked_s']:.1f} s after the first"
+    yield f"  agent {agent[0]:.0f} to {agent[1]:.0f} MB, coordinator {leader[0]:.0f} to {leader[1]:.0f} MB"
+    yield f"  all ended {result['woken_s']:.1f} s after that time, {tasks / result['woken_s']:,.0f} a second"
+
+
+def _locks(result: dict[str, Any]) -> Iterable[str]:
+    alone, together = result["alone"], result["together"]
+    yield f"Locks: {alone['count']} taken and given back one after the other, p99 {alone['p99_ms']:.2f} ms"
+    yield _goal("taken alone, p50 in ms", alone["p50_ms"], 2.0, less=True)
+    yield _goal(f"{together['waiters']} tasks on one name: taken and given back a second", together["rate"], 1_500)
+    for name, found in (("nothing else waits", result["deadlock_empty"]), ("a full graph", result["deadlock_full"])):
+        said = f"p50 {found['p50_ms']:.1f} ms, max {found['max_ms']:.1f} ms"
+        yield f"  deadlock, from its last wait until a task is told, {name}: {said}, {found['count']} found"
+    full = result["deadlock_full"]
+    yield _goal(f"{full['tasks']} tasks and {full['edges']} edges: p99 in ms", full["p99_ms"], 25.0, less=True)
+
+
+def _graph(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Locks and deadlocks decided: {result['tasks']} tasks, {result['edges']} edges; µs of CPU"
+    yield f"{'':26} {'mean':>8} {'p50':>8} {'p99':>8} {'max':>8}"
+    for what, told in (
+        ("add", "a wait, while it fills"),
+        ("again", "a wait, with the graph full"),
+        ("remove", "the end of a wait"),
+        ("close", "a wait that closes a circle"),
+        ("handover", "release and next grant"),
+    ):
+        r = result[f"{what}_us"]
+        yield f"{told:26} {r['mean']:8.1f} {r['p50']:8.1f} {r['p99']:8.1f} {r['max']:8.0f}"
+    yield _ratio("the whole graph reduced, ms", result["sweep_ms"])
+    yield _ratio(f"{result['locks']} locks loaded, ms", result["load_ms"])
+    yield _goal("a wait, with the graph full: p99 in µs", result["again_us"]["p99"], 100.0, less=True)
 
 
 def _cpu(record: dict[str, Any]) -> float:

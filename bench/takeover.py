@@ -1,9 +1,14 @@
-"""How long a killed worker's tasks wait for another replica: from SIGKILL to `working, attempt 2` at the caller."""
+"""How long a killed worker's tasks wait for another replica: from SIGKILL to `working, attempt 2` at the caller.
+
+Beside a coordinator, which hands them back, in every durability profile; and without one, where only the
+acknowledgement wait brings them back.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -24,14 +29,32 @@ LIMIT = 60.0
 """Seconds a task may take to be taken over."""
 
 
-async def run(kills: int) -> dict[str, Any]:
-    """Kill replicas with tasks in hand, `kills` times in all."""
+PROFILES = (("laptop", True), ("strict", True), ("laptop", False))
+"""(durability, whether a coordinator runs)."""
+
+
+async def run(kills: int) -> list[dict[str, Any]]:
+    """Kill replicas with tasks in hand, `kills` times in all profiles together."""
+    each = max(1, kills // len(PROFILES))
+    return [
+        {"durability": durability, "coordinator": coordinator, **await _profile(each, durability, coordinator)}
+        for durability, coordinator in PROFILES
+    ]
+
+
+async def _profile(kills: int, durability: str, coordinator: bool) -> dict[str, Any]:
     agents = [f"hold-{i}" for i in range(LANES)]
     waited: list[float] = []
     killed = 0
     async with AsyncExitStack() as stack:
-        mesh = await stack.enter_async_context(await start_test_mesh(agents))
+        mesh = await stack.enter_async_context(await start_test_mesh(agents, durability=durability))
         children = await stack.enter_async_context(Children())
+        if coordinator:
+            env = {"WEFT_HOME": str(mesh.home), "WEFT_LOG": "ERROR"}
+            child = await children.python(
+                "coordinator", "weft_coordinator.service", env=env, stdout=False, stderr=subprocess.PIPE
+            )
+            await children.said(child, b"ready")
         client = await stack.enter_async_context(weft.connect("local", home=mesh.home))
 
         async def lane(agent: str) -> None:

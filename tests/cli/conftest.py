@@ -1,5 +1,6 @@
 """Projects on disk, the `mesh` command as a process, and one running mesh for the tests that only use one."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,11 @@ import pytest
 
 from weft.cli.main import main
 from weft.cli.supervisor.state import Record
+from weft.core.broker import Broker, Delivered
 from weft.core.home import process_started
+from weft.testing.broker import start_test_mesh
+from weft_protocols.errors import WeftError
+from weft_protocols.subjects import GRAMMAR
 
 T = TypeVar("T")
 OWN_PROCESS = ("up", "run", "coordinator", "gateway", "sidecar", "mcp", "demo")
@@ -111,7 +117,7 @@ class Project:
 
         Within this process, which saves half a second of imports; a command that runs on gets one of its own.
         """
-        if arguments and arguments[0] in OWN_PROCESS:
+        if arguments and arguments[0] in OWN_PROCESS and arguments[1:2] not in (("status",), ("rebuild",)):
             return self.process(*arguments, code=code, said=said, timeout=timeout)
         out, err = io.StringIO(), io.StringIO()
         with (
@@ -200,6 +206,12 @@ def until_fixture() -> Callable[..., Any]:
     return until
 
 
+@pytest.fixture(scope="session")
+def project_class() -> type[Project]:
+    """For a mesh of a module's own."""
+    return Project
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     """An empty project folder."""
@@ -226,3 +238,65 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 def agent_source() -> str:
     """Source of the test agent, with `{name}` in it."""
     return AGENT
+
+
+class Stub:
+    """Answers operations by name, and keeps what was asked: (operation, caller, body)."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Any] = {}
+        self.asked: list[tuple[str, str, Any]] = []
+
+    def listen(self, broker: Broker) -> Any:
+        def answer(message: Delivered) -> None:
+            _, _, operation, caller = message.subject.split(".")
+            self.asked.append((operation, caller, json.loads(message.data or b"{}")))
+            missing = {"error": {"type": "MethodNotFound", "message": f"there is no operation {operation}"}}
+            broker.send(message.reply, json.dumps(self.answers.get(operation, missing)).encode())
+
+        return broker.subscribe(GRAMMAR["coord"].wildcard, answer)
+
+
+@contextlib.contextmanager
+def stubbed(home: Path) -> Iterator[Stub]:
+    """The stub at work on a broker of its own, in a thread beside the test."""
+    stub, ready, stop = Stub(), threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+    failed: list[BaseException] = []
+
+    async def serve() -> None:
+        async with await start_test_mesh([], home=home) as mesh:
+            broker = await mesh.connect("coordinator")
+            await stub.listen(broker)
+            await broker.flush()
+            ready.set()
+            await stop.wait()
+            await broker.close()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(serve())
+        except (OSError, WeftError) as error:
+            failed.append(error)
+        finally:
+            loop.close()
+            ready.set()
+
+    thread = threading.Thread(target=run, name="coordinator of a test")
+    thread.start()
+    try:
+        assert ready.wait(20)
+        assert not failed, failed
+        yield stub
+    finally:
+        if not failed:
+            loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stub, Path]]:
+    """The stub, and the folder of its mesh."""
+    folder = tmp_path_factory.mktemp("stub")
+    with stubbed(folder / ".weft") as made:
+        yield made, folder

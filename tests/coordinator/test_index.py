@@ -202,17 +202,85 @@ def test_no_bytes_can_stop_the_fold(data: bytes, tail: bytes) -> None:
     assert index.watermark == Watermark(2, 2)
 
 
-def test_finished_tasks_beyond_the_setting_keep_what_listing_needs() -> None:
-    index = TaskIndex(keep_detail=2)
+def test_finished_tasks_beyond_the_setting_leave_memory_once_they_are_stored() -> None:
+    index = TaskIndex(keep=2)
     for i in range(5):
         feed(index, [created(10 * i + 1, f"{i}"), event(10 * i + 2, f"{i}", 1, "completed", at=i + 1)])
     feed(index, [created(100, "open"), event(101, "open", 1, "working")])
-    entries = [index.find(AGENT, task_id(f"{i}"), caller="local") for i in range(5)]
-    assert [entry is not None and entry.detail is not None for entry in entries] == [False, False, False, True, True]
-    assert all(e is not None and (e.state, e.context, e.time) == (3, "ctx", i + 1) for i, e in enumerate(entries))
-    still_open = index.find(AGENT, task_id("open"), caller="local")
-    assert still_open is not None
-    assert still_open.detail is not None
+
+    def known() -> list[bool]:
+        return [index.find(AGENT, task_id(f"{i}"), caller="local") is not None for i in range(5)]
+
+    index.evict(12)
+    assert (known(), index.partial) == ([False, False, True, True, True], True)
+    index.evict(101)
+    assert known() == [False, False, False, True, True]
+    assert index.find(AGENT, task_id("open"), caller="local") is not None
+    assert (len(index), index.states[State.COMPLETED]) == (6, 5)
+
+
+def test_a_task_that_left_memory_comes_back_and_has_ended_still() -> None:
+    index = feed(TaskIndex(keep=0), [created(1, "a"), event(2, "a", 1, "completed", at=5)])
+    entry = index.find(AGENT, task_id("a"), caller="local")
+    assert entry is not None
+    index.evict(2)
+    assert not index.knows("local", AGENT, task_id("a"))
+    index.adopt([entry])
+    feed(index, [event(3, "a", 2, "working")])
+    assert found(index, "a") == (State.COMPLETED, 2, 5)
+    assert len(index) == 1
+
+
+def chained(seq: int, name: str, parent: str, *, caller: str = "boss", says: str = "boss") -> Message:
+    """A creating message sent on behalf of a task of an agent."""
+    message = created(seq, name, caller=caller)
+    chain = f"someone/{task_id('x')},{says}/{task_id(parent, agent='boss')}"
+    return Message("task", message.subject, seq, message.data, h.block(h.fields({h.CHAIN: chain})))
+
+
+def boss(seq: int, name: str) -> Message:
+    body = pb.SendMessageRequest(message=pb.Message(message_id=name, context_id="ctx"))
+    subject = subjects.task("boss", "07", "local", task_id(name, agent="boss"))
+    return Message("task", subject, seq, body.SerializeToString())
+
+
+def test_a_parent_is_known_by_the_chains_last_item_if_that_agent_sent_the_message() -> None:
+    index = feed(TaskIndex(), [boss(1, "top"), chained(2, "a", "top"), chained(3, "b", "top", says="other")])
+    top = index.find("boss", task_id("top", agent="boss"), caller="local")
+    child = index.find(AGENT, task_id("a", "boss"), caller="boss")
+    other = index.find(AGENT, task_id("b", "boss"), caller="boss")
+    assert top is not None
+    assert child is not None
+    assert other is not None
+    assert (child.parent, other.parent) == (top.key, None)
+    assert list(index.children(*top.key)) == [child]
+    assert (index.root(child), index.root(other), index.parent(child)) == (top, other, top)
+
+
+def test_finished_children_stay_in_memory_while_their_parent_is_at_work() -> None:
+    index = feed(TaskIndex(keep=0), [boss(1, "top"), chained(2, "a", "top")])
+    end = event(3, "a", 1, "completed")
+    subject = subjects.event(AGENT, task_id("a", "boss"), "boss", "o1")
+    feed(index, [Message("event", subject, 3, end.data, end.headers)])
+    index.evict(3)
+    top = task_id("top", agent="boss")
+    assert len(index.children("boss", top)) == 1
+    done = event(4, "top", 1, "completed")
+    feed(index, [Message("event", subjects.event("boss", top, "local", "o1"), 4, done.data, done.headers)])
+    index.evict(4)
+    assert len(index.children("boss", top)) == 0
+    assert len(index.visible("operator")) == 0
+
+
+def test_what_changed_is_told_once() -> None:
+    index = feed(TaskIndex(), [created(1, "a"), event(2, "a", 1, "working"), event(3, "a", 2)])
+    changes = index.take_changes()
+    assert [entry.task for entry in changes.moved] == [entry.task for entry in changes.entries] == [task_id("a")]
+    assert changes.counts == (("local", AGENT, State.WORKING, 1),)
+    feed(index, [event(4, "a", 3)])
+    changes = index.take_changes()
+    assert ([entry.task for entry in changes.entries], changes.moved, changes.counts) == ([task_id("a")], (), ())
+    assert index.take_changes().entries == ()
 
 
 def test_positions_of_a_long_log_are_remembered_now_and_then() -> None:

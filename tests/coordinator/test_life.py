@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-QUICK = Settings(poll=0.05)
+QUICK = Settings(poll=0.05, beat=0.05)
 
 
 def state(task: pb.Task) -> State:

@@ -15,10 +15,11 @@ import pytest
 
 from weft.core import blobs
 from weft.core.broker import Broker, Delivered
+from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import headers as h
 from weft_protocols import ids, subjects
-from weft_protocols.accounts import ACK, DIRECT_GET, NEXT
+from weft_protocols.accounts import ACK, CONNECTED, DIRECT_GET, DISCONNECTED, NEXT
 from weft_protocols.errors import ApiError, TimedOut, Unreachable
 from weft_protocols.resources import BLOBS, STREAM
 
@@ -778,3 +779,26 @@ async def _written_by_others(cast: Cast) -> dict[str, int]:
 
 def _without_times(value: Any) -> Any:
     return {key: one for key, one in value.items() if key != "last_active"} if isinstance(value, dict) else value
+
+
+# Connections -------------------------------------------------------------------------------------------
+
+
+async def test_the_mesh_is_told_of_everybodys_connections_and_nobody_else_is(cast: Cast, mesh: BrokerMesh) -> None:
+    told: list[Delivered] = []
+    overheard: list[Delivered] = []
+    heard = [await cast.coordinator.subscribe(subject, told.append) for subject in (CONNECTED, DISCONNECTED)]
+    heard += [await cast.broker(who).subscribe("$SYS.>", overheard.append) for who in ("mallory", "eve")]
+    victor = cast.name("victor")
+    # Nor can anybody tell the mesh that another one's connection ended.
+    for name in (victor, cast.name("mallory")):
+        cast.mallory.send(DISCONNECTED.replace("*", name), b"{}")
+    await cast.settled()
+    await (await Broker.connect(mesh.settings(victor), name="agent x")).close()
+    await eventually(lambda: len(told) >= 2)
+    await cast.settled()
+    assert [one.subject for one in told] == [one.replace("*", victor) for one in (CONNECTED, DISCONNECTED)]
+    assert json.loads(told[1].data)["client"]["name"] == "agent x"
+    assert {one.data for one in overheard} == {b"{}"}  # what mallory said, within its own account
+    for one in heard:
+        await one.close()

@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from weft.gateway.cards import Addresses
 from weft.gateway.http1 import BoundedProtocol
 from weft.testing.agents import coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+from weft.testing.serving import QuietServer
 
 SCHEMA = {"type": "object", "properties": {"upto": {"type": "integer"}}}
 
@@ -118,14 +119,6 @@ class Serve(Protocol):
     """Starts one more gateway, closed with the test."""
 
     def __call__(self, settings: GatewayConfig | None = ..., **environment: str) -> Awaitable[Served]: ...
-
-
-class QuietServer(uvicorn.Server):
-    """uvicorn that leaves signals to the test."""
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        yield
 
 
 @pytest.fixture(scope="session")

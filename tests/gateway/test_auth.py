@@ -4,20 +4,16 @@ import asyncio
 import hashlib
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
-import uvicorn
 
 from weft.core.gatewayconf import AuthConfig, TokenConfig
-from weft.core.supervise import Tasks
 from weft.gateway.auth import Authenticator, AuthMiddleware, Identity, scoped
 from weft.gateway.http1 import HEAD_LIMIT, BoundedProtocol
+from weft.testing.serving import served
 from weft_protocols.errors import InvalidConfig, InvalidName, PermissionDenied, Unauthenticated
 
 pytestmark = pytest.mark.anyio
@@ -133,26 +129,6 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class Server(uvicorn.Server):
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-@asynccontextmanager
-async def served(app: Any) -> AsyncIterator[int]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http=BoundedProtocol)
-    server, tasks = Server(config), Tasks("server of a test")
-    tasks.start(server.serve(sockets=[listener]))
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = server.force_exit = True
-        with anyio.fail_after(10):
-            await tasks.idle()
-        listener.close()
-
-
 async def exchange(port: int, *head: str, body: bytes = b"") -> tuple[int, dict[str, str], str]:
     """One request, written as it is; status, headers and body of the answer."""
     request = "\r\n".join((*head, "", "")).encode("latin-1") + body
@@ -177,13 +153,13 @@ AUTHORIZED = f"Authorization: Bearer {TOKEN}"
 
 @pytest.fixture
 async def guarded() -> AsyncIterator[int]:
-    async with served(AuthMiddleware(echo, secret())) as port:
+    async with served(AuthMiddleware(echo, secret()), http=BoundedProtocol) as port:
         yield port
 
 
 @pytest.fixture
 async def unguarded() -> AsyncIterator[int]:
-    async with served(AuthMiddleware(echo, Authenticator(OPEN), hosts=("mesh.test",))) as port:
+    async with served(AuthMiddleware(echo, Authenticator(OPEN), hosts=("mesh.test",)), http=BoundedProtocol) as port:
         yield port
 
 

@@ -4,10 +4,8 @@ import base64
 import hashlib
 import hmac
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +13,6 @@ import anyio
 import httpx
 import jwt
 import pytest
-import uvicorn
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
@@ -24,6 +21,7 @@ from weft.core.gatewayconf import AuthConfig, OidcConfig
 from weft.core.supervise import Tasks
 from weft.gateway import oidc
 from weft.gateway.auth import Authenticator, Identity
+from weft.testing.serving import served
 from weft_protocols.errors import InvalidConfig, Unauthenticated, Unavailable
 
 pytestmark = pytest.mark.anyio
@@ -102,31 +100,11 @@ class LoopbackIssuer:
         return AuthConfig(anonymous=None, oidc=(OidcConfig(self.url, AUDIENCE, **more),))
 
 
-class Server(uvicorn.Server):
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-@asynccontextmanager
-async def served(app: Any) -> AsyncIterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools"))
-    tasks = Tasks("issuer of a test")
-    tasks.start(server.serve(sockets=[listener]))
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        with anyio.fail_after(10):
-            await tasks.idle()
-        listener.close()
-
-
 @pytest.fixture
 async def issuer() -> AsyncIterator[LoopbackIssuer]:
     made = LoopbackIssuer(keys=[jwk(RSA_KEY, "one"), jwk(EC_KEY, "two"), jwk(ED_KEY, "three")])
-    async with served(made) as url:
-        made.url = url
+    async with served(made) as port:
+        made.url = f"http://127.0.0.1:{port}"
         yield made
 
 
@@ -240,7 +218,8 @@ async def test_a_symmetric_key_in_the_set_is_never_used(issuer: LoopbackIssuer) 
 async def test_keys_that_a_token_brings_or_points_at_are_never_used(issuer: LoopbackIssuer) -> None:
     mine = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     attacker = LoopbackIssuer(keys=[jwk(mine, "one")])
-    async with served(attacker) as url, Authenticator(issuer.config()) as authenticator:
+    async with served(attacker) as port, Authenticator(issuer.config()) as authenticator:
+        url = f"http://127.0.0.1:{port}"
         for extra in ({"jku": f"{url}/keys"}, {"x5u": f"{url}/cert"}, {"jwk": jwk(mine, "one")}, {"x5c": ["MIIB"]}):
             await refused(authenticator, issuer.token(mine, headers=extra))
             await refused(authenticator, issuer.token(mine, kid="evil", headers=extra))

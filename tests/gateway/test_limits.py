@@ -5,20 +5,17 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import anyio
 import pytest
-import uvicorn
 
 from weft.core.gatewayconf import LimitsConfig
-from weft.core.supervise import Tasks
 from weft.gateway.auth import Identity
 from weft.gateway.http1 import BoundedProtocol
 from weft.gateway.limits import Limited, Limiter, LimitsMiddleware
 from weft.testing.agents import eventually
+from weft.testing.serving import served
 
 pytestmark = pytest.mark.anyio
 LIMITS = LimitsConfig(body=1000, requests=3, streams=3, streams_per_caller=2, slow_reader=0.3)
@@ -87,26 +84,6 @@ def as_caller(app: Any) -> Any:
     return guarded
 
 
-class Server(uvicorn.Server):
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-@asynccontextmanager
-async def served(app: Any, *, http: Any = BoundedProtocol) -> AsyncIterator[int]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(uvicorn.Config(as_caller(app), log_config=None, lifespan="off", ws="none", http=http))
-    tasks = Tasks("server of a test")
-    tasks.start(server.serve(sockets=[listener]))
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = server.force_exit = True
-        with anyio.fail_after(10):
-            await tasks.idle()
-        listener.close()
-
-
 class Client:
     """One connection, byte by byte."""
 
@@ -136,7 +113,7 @@ async def app() -> Application:
 @pytest.fixture
 async def connect(app: Application) -> AsyncIterator[Callable[..., Awaitable[Client]]]:
     clients: list[Client] = []
-    async with served(LimitsMiddleware(app, LIMITS)) as port:
+    async with served(as_caller(LimitsMiddleware(app, LIMITS)), http=BoundedProtocol) as port:
 
         async def connect(path: str, *headers: str, body: bytes = b"", method: str = "POST") -> Client:
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
@@ -284,7 +261,7 @@ async def test_one_stream_of_a_caller_too_many_is_refused(connect: Connect, app:
 
 async def test_a_stream_that_ends_or_whose_client_leaves_is_counted_no_more(app: Application) -> None:
     middleware = LimitsMiddleware(app, LIMITS)
-    async with served(middleware) as port:
+    async with served(as_caller(middleware), http=BoundedProtocol) as port:
         for leaves in (True, False):
             writers = []
             for _ in range(LIMITS.streams_per_caller):
@@ -323,7 +300,7 @@ async def test_a_client_that_stops_reading_is_cut_off_and_frees_its_place(
             super().connection_lost(exc)
             open_connections.discard(self)
 
-    async with served(middleware, http=Watched) as port:
+    async with served(as_caller(middleware), http=Watched) as port:
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stuck.connect(("127.0.0.1", port))
@@ -339,7 +316,7 @@ async def test_a_client_that_stops_reading_is_cut_off_and_frees_its_place(
 
 async def test_a_client_that_reads_slowly_but_reads_keeps_its_stream(app: Application) -> None:
     middleware = LimitsMiddleware(app, replace(LIMITS, slow_reader=1.0))
-    async with served(middleware) as port:
+    async with served(as_caller(middleware), http=BoundedProtocol) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=65536)
         writer.write(b"GET /stream/endless HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(20):
@@ -352,7 +329,7 @@ async def test_a_client_that_reads_slowly_but_reads_keeps_its_stream(app: Applic
 
 async def test_a_server_without_a_way_to_drop_connections_ends_the_stream_too(app: Application) -> None:
     middleware = LimitsMiddleware(app, LIMITS)
-    async with served(middleware, http="httptools") as port:
+    async with served(as_caller(middleware), http="httptools") as port:
         with socket.create_connection(("127.0.0.1", port)) as stuck:
             stuck.sendall(b"GET /stream/endless HTTP/1.1\r\nHost: x\r\n\r\n")
             await app.until(lambda: app.ended == 1)

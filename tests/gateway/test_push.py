@@ -10,7 +10,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from weft.core.supervise import Tasks
 from weft.gateway.push import Backoff, Deliverer, Limits, Poster
 from weft.testing.agents import Process, client, coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
+from weft.testing.serving import QuietServer
 from weft.testing.stored import StoredTask
 from weft_protocols import headers as h
 from weft_protocols import subjects
@@ -109,7 +110,7 @@ class Receiver:
         config = uvicorn.Config(
             self._app, log_config=None, access_log=False, lifespan="off", ws="none", interface="asgi3"
         )
-        self._server = _Server(config)
+        self._server = QuietServer(config)
         task = self._tasks.start(self._server.serve(sockets=[self._socket]), name="receiver")
         server = self._server
         await eventually(lambda: server.started or task.done())
@@ -156,12 +157,6 @@ class Receiver:
         lines = [(name.encode(), value.encode()) for name, value in extra.items()]
         await send({"type": "http.response.start", "status": status, "headers": lines})
         await send({"type": "http.response.body", "body": b""})
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Any:
-        yield
 
 
 @dataclass

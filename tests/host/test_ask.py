@@ -9,6 +9,7 @@ import pytest
 from a2a.types import a2a_pb2 as pb
 
 import weft
+from weft.host.run import Stop
 from weft.testing.agents import LocalReplica, ReplicaProcesses, client, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft.testing.scratch import Scratch
@@ -340,7 +341,7 @@ async def test_a_task_suspends_once_the_step_beside_its_question_is_over(
         run = replica.replica.live[handle.id]
         gate.set()
         await eventually(lambda: not replica.owned)
-        assert run.busy == 0
+        assert run.stop is Stop.SUSPEND
         assert (await handle.send("yes")).text == "slow yes"
     assert runs == ["slow"]
 

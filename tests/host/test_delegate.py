@@ -105,7 +105,7 @@ async def test_a_child_that_does_not_complete_is_a_typed_error(
     @parent.skill()
     async def work(task: weft.Task) -> str:
         try:
-            await task.delegate(child.name, "go", skill=skill)
+            await task.delegate(child.name, "go", skill=skill, relay=False)
         except weft.TaskEnded as ended:
             caught.append(ended)
         return "caught"
@@ -113,7 +113,7 @@ async def test_a_child_that_does_not_complete_is_a_typed_error(
     @parent.skill()
     async def uncaught(task: weft.Task) -> None:
         caught.append(weft.TaskEnded("started"))
-        await task.delegate(child.name, "go", skill=skill)
+        await task.delegate(child.name, "go", skill=skill, relay=False)
 
     async with running(mesh, child.agent, parent):
         assert (await caller.send(parent.name, "go")).text == "caught"
@@ -321,7 +321,7 @@ async def test_gather_returns_in_order_and_the_first_error_cancels_the_rest(
 async def test_an_agent_with_one_slot_can_delegate_to_itself(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
 ) -> None:
-    agent = weft.Agent(unique("recursive"), concurrency=1)
+    agent = weft.Agent(unique("recursive"), concurrency=1, reentrant=True)
 
     @agent.skill()
     async def countdown(task: weft.Task, n: int) -> list[int]:
@@ -377,7 +377,7 @@ async def test_the_parent_of_a_child_that_waits_for_input_cancels_it_when_it_fai
 
     @parent.skill()
     async def work(task: weft.Task) -> None:
-        await task.delegate(child.name, "go", skill="ask")
+        await task.delegate(child.name, "go", skill="ask", relay=False)
 
     async with running(mesh, child.agent, parent), await caller.submit(parent.name, "go") as handle:
         await heard(handle, weft.State.FAILED)

@@ -74,6 +74,23 @@ async def parent(task: weft.Task, child: str, skill: str = "echo", message: Any 
 
 
 @agent.skill()
+async def saga(task: weft.Task, effects: int, at: str) -> None:
+    """Effects, each with what undoes it; then it fails. One of the compensations waits at a gate."""
+    scratch.leave("start", task.id, task.attempt, os.getpid())
+    for n in range(effects):
+        await task.on_rollback(f"undo-{n}", undo, f"effect-{n}", at=at if n == 1 else "")
+        await task.step(f"effect-{n}", body, f"effect-{n}")
+    raise weft.Fail("no")
+
+
+async def undo(name: str, at: str, *, idempotency_key: str) -> None:
+    scratch.leave("undo", name, idempotency_key, os.getpid())
+    if at:
+        await scratch.passed(at)
+    scratch.leave("undone", name, idempotency_key, os.getpid())
+
+
+@agent.skill()
 def blocking(task: weft.Task, seconds: float) -> str:
     """A thread, which nothing can stop."""
     scratch.leave("start", task.id, task.attempt, os.getpid())
@@ -91,3 +108,20 @@ async def stubborn(task: weft.Task, at: str) -> str:
         except asyncio.CancelledError:
             scratch.leave("ignored", task.id)
     return "done anyway"
+
+
+@agent.skill()
+async def locked(task: weft.Task, name: str, at: str = "", lease: float = 30.0, wait: float | None = None) -> int:
+    """Waits at a gate with a lock, and then finds out whether it has it still."""
+    async with task.lock(name, wait=wait, lease=lease) as lock:
+        token = lock.token
+        scratch.leave("locked", task.id, task.attempt, token, os.getpid())
+        if at:
+            await scratch.passed(at)
+        try:
+            await task.update("still there")
+        except weft.LockLost:
+            scratch.leave("lost", task.id, task.attempt, token, os.getpid())
+            raise
+    scratch.leave("unlocked", task.id, task.attempt, token, os.getpid())
+    return token

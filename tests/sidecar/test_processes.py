@@ -1,4 +1,4 @@
-"""Sidecars as processes: they share the work, drain when they are told to leave, and leave nothing behind when killed."""
+"""Sidecars as processes: they share the work, drain when told to leave, and leave nothing behind when killed."""
 
 from __future__ import annotations
 

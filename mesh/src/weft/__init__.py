@@ -14,14 +14,23 @@ if TYPE_CHECKING:
     from weft.client.reads import Page
     from weft.client.watch import Event
     from weft.host.agent import Agent
-    from weft.host.steps import StepOptions, current_idempotency_key
+    from weft.host.breaker import BreakerPolicy
+    from weft.host.locking import Lock
+    from weft.host.retry import RetryPolicy, StepOptions
+    from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
     from weft.host.tools import ToolResult
     from weft_protocols.errors import (
         A2AError,
+        AgentNotFound,
         Backpressure,
+        CircuitOpen,
         DeadlineExceeded,
+        DeadlockError,
+        DelegationLoop,
         Fail,
+        LockLost,
+        LockTimeout,
         Reject,
         TaskCanceled,
         TaskEnded,
@@ -44,14 +53,23 @@ _HOME = {
     "weft.client.reads": ("Page",),
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
-    "weft.host.steps": ("StepOptions", "current_idempotency_key"),
+    "weft.host.breaker": ("BreakerPolicy",),
+    "weft.host.locking": ("Lock",),
+    "weft.host.retry": ("RetryPolicy", "StepOptions"),
+    "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
     "weft.host.tools": ("ToolResult",),
     "weft_protocols.errors": (
         "A2AError",
+        "AgentNotFound",
         "Backpressure",
+        "CircuitOpen",
         "DeadlineExceeded",
+        "DeadlockError",
+        "DelegationLoop",
         "Fail",
+        "LockLost",
+        "LockTimeout",
         "Reject",
         "TaskCanceled",
         "TaskEnded",
@@ -72,18 +90,27 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "A2AError",
     "Agent",
+    "AgentNotFound",
     "Artifact",
     "Backpressure",
+    "BreakerPolicy",
+    "CircuitOpen",
     "Data",
     "DeadlineExceeded",
+    "DeadlockError",
+    "DelegationLoop",
     "Event",
     "Fail",
     "File",
     "Handle",
+    "Lock",
+    "LockLost",
+    "LockTimeout",
     "Mesh",
     "Message",
     "Page",
     "Reject",
+    "RetryPolicy",
     "State",
     "StepOptions",
     "Task",

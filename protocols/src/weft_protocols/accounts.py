@@ -43,6 +43,14 @@ class Import:
     stream: bool = False
 
 
+CONNECTED: Final = "$SYS.ACCOUNT.*.CONNECT"
+"""Told by the broker itself when a client of the account in the third token has connected."""
+DISCONNECTED: Final = "$SYS.ACCOUNT.*.DISCONNECT"
+"""And when its connection ended, however it did."""
+SYSTEM_EXPORTS: Final = tuple(Export(subject, stream=True, account=MESH) for subject in (CONNECTED, DISCONNECTED))
+"""What the system account tells MESH, and nobody else."""
+
+
 def _direct(stream: str, kind: str) -> str:
     return f"{DIRECT_GET}.{stream}.{subjects.GRAMMAR[kind].wildcard}"
 

@@ -120,6 +120,18 @@ def group(events: Sequence[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
     return b"%bWeft-Group: %d\r\n" % (events[-1][0], len(events)), bytes(out)
 
 
+_TOLD: Final = (
+    h.ERROR,
+    h.CONTENT_TYPE,
+    h.SNAPSHOT,
+    h.REPLICA,
+    h.ATTEMPT,
+    h.IN_REPLY_TO,
+    h.QUESTION,
+    h.DEAD_LETTER,
+)
+
+
 def pack(events: Iterable[RawEvent]) -> bytes:
     """A page: for each event a varint length and a header block, then a varint length and the body.
 
@@ -130,7 +142,7 @@ def pack(events: Iterable[RawEvent]) -> bytes:
         lines = {h.EVENT: str(event.n), h.SEQUENCE: str(event.seq)}
         if event.state:
             lines[h.STATE] = event.state
-        for name in (h.ERROR, h.CONTENT_TYPE, h.SNAPSHOT, h.REPLICA, h.ATTEMPT, h.IN_REPLY_TO):
+        for name in _TOLD:
             if (value := h.get(event.headers, name.encode())) is not None:
                 lines[name] = value.decode()
         block = h.block(h.fields(lines))

@@ -19,6 +19,11 @@ HANDED_BACK: Final = "handed-back"
 CHILDREN_KEY: Final = "_children"
 DEAD_LETTER_KEY: Final = "_dead"
 ANSWER_KEY: Final = "_ask"
+ASKING_KEY: Final = "_asking"
+ROUTE_KEY: Final = "_route"
+GATHER_KEY: Final = "_gather"
+ROLLBACK_KEY: Final = "_rollback"
+UNDO_KEY: Final = "_undo"
 SNAPSHOT_KEY: Final = "_task"
 TIMER_KEY: Final = "_sleep"
 MESSAGE_KEY: Final = "_message"
@@ -63,9 +68,11 @@ class Claim(_Record):
     """Acknowledgement subject of the delivery this claim works on: how to hand the work back."""
     state: str = HELD
     waiting: str = ""
-    """Key of the question a suspended task waits on."""
+    """Key of what a suspended task waits on: of a question, if there is one."""
     at: int = 0
     """Unix milliseconds, for people; nothing is decided on it."""
+    gave_way: int = 0
+    """Attempts that ended because the task was chosen to break a deadlock. They are handed back and do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,12 @@ class PushCursor(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Control(_Record):
-    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave."""
+    """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave.
+
+    `ping` asks nothing: its sender is told by the broker when nobody listens.
+    `turn` says that a task of a context has ended for which another one may be waiting. `lock`, `deadlock`, `waiting?`
+    and `resync` are a coordinator's, about locks and waits; their content is in `data`.
+    """
 
     op: str
     subject: str = ""

@@ -34,6 +34,8 @@ SCHEDULES: Final = "mesh.schedule"
 """Prefix of schedules, `mesh.schedule.{name}`: the broker stores a message on `mesh.due.{name}` when one is due."""
 DUE: Final = "mesh.due"
 """Prefix of what is due."""
+ARCHIVED: Final = "mesh.archived"
+"""Subject of the sequence in `MESH` up to which messages may have left it: they are in the coordinators' files."""
 DUE_CONSUMER: Final = "due"
 """The consumer through which the leader starts scheduled tasks."""
 TOOLS: Final = "MESH_TOOLS"
@@ -183,7 +185,7 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
         StreamSpec(BLOBS, ("mesh.blob.>",), replicas=replicas, max_age=keep),
         StreamSpec(
             COORD,
-            (DECIDED, LEASE, f"{SNAPSHOTS}.>", f"{SCHEDULES}.*", f"{DUE}.*"),
+            (DECIDED, LEASE, f"{SNAPSHOTS}.>", f"{SCHEDULES}.*", f"{DUE}.*", ARCHIVED),
             replicas=replicas,
             discard="old",  # the broker does not allow schedules otherwise; without a limit nothing is discarded
             ttl=True,

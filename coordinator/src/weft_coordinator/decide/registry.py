@@ -47,6 +47,10 @@ class Replica:
     """Unix milliseconds."""
     card_digest: str = ""
     """Of the card it came with, which need not be the agent's current one."""
+    weight: float = 1.0
+    """How much of what is routed by skill it gets, against others."""
+    cost: float = 0.0
+    """What a task costs there, against others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ def registration(body: Mapping[str, Any], *, caller: str, now: int) -> Registrat
         fields.number("slots"),
         now,
         shown.digest,
+        fields.real("weight", default=1.0),
+        fields.real("cost", default=0.0),
     )
     fields.check(f"registration of {caller}")
     return Registration(agent, shown, replica)
@@ -266,6 +272,22 @@ class Fields:
             self.mistake(name, "must be a whole number from 0")
             return 0
         return value
+
+    def real(self, name: str, *, default: float) -> float:
+        """A number from 0."""
+        value = self._body.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            self.mistake(name, "must be a number from 0")
+            return default
+        return float(value)
+
+    def texts(self, name: str, *, limit: int = 256) -> tuple[str, ...]:
+        """A list of at most `limit` texts; empty if there is none."""
+        value = self._body.get(name, [])
+        if not isinstance(value, list) or len(value) > limit or not all(isinstance(one, str) for one in value):
+            self.mistake(name, f"must be a list of at most {limit} texts")
+            return ()
+        return tuple(value)
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of several texts."""

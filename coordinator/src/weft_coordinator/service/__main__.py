@@ -12,22 +12,27 @@ import sys
 from weft.core import process
 from weft.core.broker import Broker
 from weft.core.config import ConnectionSettings, load_settings
-from weft_coordinator.service.app import Coordinator
+from weft_coordinator.service.app import Coordinator, new_id
 from weft_coordinator.service.settings import Settings
+from weft_protocols.connections import of_coordinator
 from weft_protocols.errors import WeftError
 
 IDENTITY = "coordinator"
+SWITCH = 0.001
+"""Seconds after which a thread that is busy lets another one run: those that read and write the file wait for it."""
 
 
 async def serve(connection: ConnectionSettings, settings: Settings) -> None:
     """Connect, serve until a signal, drain."""
     stop = asyncio.Event()
     process.leave_when_told(stop.set)
-    broker = await Broker.connect(connection, name="coordinator")
+    id = new_id()
+    broker = await Broker.connect(connection, name=of_coordinator(id))
     try:
-        coordinator = Coordinator(broker, settings=settings)
+        coordinator = Coordinator(broker, settings=settings, id=id)
         try:
             await coordinator.start()
+            process.collect_seldom()
             print("ready", file=sys.stderr, flush=True)  # noqa: T201 - what its supervisor waits for
             await coordinator.run(stop)
         finally:
@@ -39,6 +44,7 @@ async def serve(connection: ConnectionSettings, settings: Settings) -> None:
 def main() -> int:
     """Run; the exit code."""
     process.log_to_stderr()
+    sys.setswitchinterval(SWITCH)
     try:
         connection = load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY)
         with asyncio.Runner(loop_factory=process.loop_factory()) as runner:

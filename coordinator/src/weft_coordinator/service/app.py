@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -15,26 +16,38 @@ from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.cardkeys import card_key
+from weft.core.retentionconf import Retention
 from weft.core.supervise import Tasks
 from weft.core.topology import Drift, Report, reconcile
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.ledger import Ledgers
 from weft_coordinator.service import micro
+from weft_coordinator.service.archive import Archive
 from weft_coordinator.service.cards import CardService
+from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
+from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler, Part
+from weft_coordinator.service.part import Handler, LeanHandler
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.standing import Standing
+from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
-from weft_coordinator.shell.leader import Leader, Terms
+from weft_coordinator.shell.files import StateFile
+from weft_coordinator.shell.leader import Leader
 from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore
+from weft_coordinator.shell.sources import Sources
+from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a
 from weft_protocols import headers as h
+from weft_protocols.accounts import CONNECTED, DISCONNECTED
+from weft_protocols.connections import COORDINATOR
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
@@ -45,7 +58,7 @@ from weft_protocols.errors import (
     WeftError,
 )
 from weft_protocols.resources import topology
-from weft_protocols.subjects import GRAMMAR
+from weft_protocols.subjects import GRAMMAR, ctl
 
 log = logging.getLogger("weft.coordinator")
 
@@ -53,15 +66,17 @@ QUEUE: Final = "reads"
 """Queue group in which each read is answered by one replica."""
 OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
-EVERYWHERE: Final = ("heartbeat",)
+EVERYWHERE: Final = ("heartbeat", "coordinators")
 """Operations every replica hears."""
 
 
 class Coordinator:
     """One replica of the coordinator on one connection, which stays its owner's."""
 
-    def __init__(self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None) -> None:
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    def __init__(
+        self, broker: Broker, *, settings: Settings | None = None, local: LocalMesh | None = None, id: str | None = None
+    ) -> None:
+        self.id = id or new_id()
         self.settings = settings or Settings()
         self.local = local or LocalMesh.of(broker.settings)
         self.drift: tuple[Drift, ...] = ()
@@ -71,26 +86,60 @@ class Coordinator:
         self._broker = broker
         self._index = TaskIndex(self.settings.finished_tasks)
         self._reader = StreamReader(broker)
-        self._tail = Tail(broker, self._reader, self._index, dead_letter=self._on_dead_letter)
+        self._file = StateFile.take(self.settings.state or self.local.state)
+        self.projection = Projection(self._index, Store(self._file), keep=self.settings.finished_tasks)
+        self.copies = Copies(broker, self.projection.store)
+        self.tail = Tail(
+            broker,
+            self._reader,
+            self.projection,
+            self.copies,
+            dead_letter=self._on_dead_letter,
+            idle=self.settings.poll,
+        )
         self._store = RegistryStore(broker, self._reader)
         cards = CardService(self._store, card_key(broker.settings))
-        tasks = TaskReader(self._reader)
-        self._reads = Reads(broker, self._index, self._tail, tasks, cards=cards)
+        tasks = TaskReader(Sources(self._reader, self.projection.store))
+        self._reads = Reads(broker, self.projection, self.tail, tasks, cards=cards)
         self._operations = Operations(
             index=self._index,
-            tail=self._tail,
-            reader=tasks,
+            tail=self.tail,
             cards=cards,
             local=self.local,
             ensure=self._ensure,
             facts=self._facts,
             clock=_now,
         )
-        self._parts: tuple[Part, ...] = (self._operations,)
-        self._decided = DecidedLog(broker, self._reader, Ledgers((Terms(),)))
+        self.archive = self._make_archive(broker)
+        self._operations.projection = self.archive.facts
+        self.states = States()
+        self._decided = DecidedLog(broker, self._reader, Ledgers(self.states.ledgers))
         self.leader = Leader(
-            broker, self._decided, id=self.id, clock=_now, lead=self._on_lead, deposed=self._on_deposed
+            broker,
+            self._decided,
+            id=self.id,
+            clock=_now,
+            lease=self.settings.lease,
+            lead=self._on_lead,
+            deposed=self._on_deposed,
         )
+        ground = Ground(
+            broker=self._broker,
+            settings=self.settings,
+            local=self.local,
+            reader=self._reader,
+            index=self._index,
+            projection=self.projection,
+            tail=self.tail,
+            tasks=tasks,
+            operations=self._operations,
+            store=self._store,
+            leader=self.leader,
+            clock=_now,
+        )
+        parts = make_parts(ground, self.states)
+        self.handback = next(part for part in parts if isinstance(part, HandBack))
+        self._parts = (*parts, self.archive, Standing(self._facts, projection=self.archive.facts))
         self._leading: list[Subscription] = []
         self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
         self._gate = Gate(self.settings)
@@ -101,6 +150,18 @@ class Coordinator:
         self._max_bytes: int | None = None
         self._started = _now()
         self._answered = 0
+
+    def _make_archive(self, broker: Broker) -> Archive:
+        return Archive(
+            broker,
+            self.projection,
+            self.tail,
+            self.copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+            every=self.settings.archive_every,
+        )
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
@@ -113,7 +174,9 @@ class Coordinator:
         await self._reader.open()
         self._broker.on_reconnect(self._on_reconnect)
         await self._settle()
-        await self._tail.sync()
+        await self.projection.open()
+        await self.copies.open()
+        await self.tail.sync()
         self.ready_after = time.monotonic() - begun
         log.info("read %d tasks in %.2f s", len(self._index), self.ready_after)
         if self._index.dead:
@@ -125,16 +188,19 @@ class Coordinator:
             await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
+        await self._subscribe(CONNECTED, self.handback.on_connected, "")
+        await self._subscribe(DISCONNECTED, self.handback.on_disconnected, "")
+        await self._subscribe(ctl(COORDINATOR, self.id), lambda _: None, "")
         await self.leader.start()
         await self._broker.flush()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises why the connection ended, if it ended for good."""
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(self._follow())
+            following = [group.create_task(self._follow()), group.create_task(self._keep())]
             waits = [group.create_task(stop.wait()), group.create_task(self._broker.closed.wait())]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in (following, *waits):
+            for task in (*following, *waits):
                 task.cancel()
         if self._broker.closed.is_set() and not stop.is_set():
             raise self._broker.failure or Unavailable("the connection to the broker was closed")
@@ -152,7 +218,10 @@ class Coordinator:
         except TimeoutError:
             log.warning("%d requests were under way and stay unanswered", len(self._requests))
         await self._requests.aclose()
+        await self.copies.close()
         await self._reader.close()
+        await self.projection.store.close()
+        self._file.release()
 
     @cached_property
     def _leader_operations(self) -> dict[str, Handler]:
@@ -171,10 +240,21 @@ class Coordinator:
     # Following ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Read on every `poll` seconds and after every reconnect; what fails is tried again."""
+        """Read the task stream on, at the tail's pace; what fails is tried again."""
+        while True:
+            await asyncio.sleep(self.tail.pause)
+            if not self._broker.connected:
+                continue
+            try:
+                await self.tail.sync()
+            except WeftError as error:
+                log.warning("could not read on: %s; trying again", error)
+
+    async def _keep(self) -> None:
+        """Everything else that is done every `beat` seconds and after every reconnect; what fails is tried again."""
         while True:
             try:
-                async with asyncio.timeout(self.settings.poll):
+                async with asyncio.timeout(self.settings.beat):
                     await self._again.wait()
             except TimeoutError:
                 pass
@@ -185,10 +265,11 @@ class Coordinator:
                 if self._doubtful:
                     await self._settle()
                     self._doubtful = False
-                await self._tail.sync()
                 await self._store.sync()
                 if not self.leader.leading:
                     await self._decided.sync()
+                for part in self._parts:
+                    part.beat()
             except WeftError as error:
                 log.warning("could not read on: %s; trying again", error)
             await self._tick()
@@ -230,7 +311,7 @@ class Coordinator:
 
     def _on_reconnect(self) -> None:
         """The server may have lost its last writes, or its streams."""
-        self._tail.doubt()
+        self.tail.doubt()
         self._store.doubt()
         if not self.leader.leading:
             self._decided.doubt()
@@ -246,6 +327,9 @@ class Coordinator:
             if one not in self.drift:
                 log.warning("drift: %s", one)
         return report
+
+    def _retention(self) -> Retention:
+        return self.settings.retention or self.local.retention()
 
     def _limit(self) -> int:
         """The task stream's limit in mesh.yaml; the last one read while somebody is making a mistake in it."""
@@ -271,8 +355,12 @@ class Coordinator:
             "drift": [str(one) for one in self.drift],
             "role": "leader" if self.leader.leading else "standby",
             "leader": self.leader.term.leader,
+            "since": self.leader.term.since,
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
+            "parked": len(self.states.parked),
+            "handed_back": self.handback.handed_back,
+            "host": socket.gethostname(),
         }
 
     # Serving -----------------------------------------------------------------------------------
@@ -384,6 +472,12 @@ def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
 def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
     body = {"error": {"type": type(error).__name__, "message": str(error)}}
     return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def new_id() -> str:
+    """An id for a coordinator in this process."""
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _now() -> int:

@@ -10,20 +10,20 @@ from typing import Any, Final
 
 from weft.core.home import process_started
 from weft_coordinator.decide import pinning, registry
-from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.index import TaskIndex
 from weft_coordinator.decide.presence import Heartbeat, Presence
 from weft_coordinator.decide.registry import AgentRecord, Fields
+from weft_coordinator.decide.watchdog import Stall
 from weft_coordinator.service.cards import CardService
-from weft_coordinator.service.part import Body, Handler, Part
+from weft_coordinator.service.part import Body, Handler, Part, operator_only
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.tail import Tail
-from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import cards, subjects
 from weft_protocols.errors import InvalidParams, ParseError, PermissionDenied
 from weft_protocols.states import State
 
-MAX_LETTERS: Final = 1000
-"""Dead letters of one answer."""
+MAX_STALLED: Final = 100
+"""Tasks without progress of one replica's report."""
 
 
 class Operations(Part):
@@ -42,7 +42,6 @@ class Operations(Part):
         *,
         index: TaskIndex,
         tail: Tail,
-        reader: TaskReader,
         cards: CardService,
         local: LocalMesh,
         ensure: Callable[[tuple[str, ...]], Awaitable[object]],
@@ -51,7 +50,6 @@ class Operations(Part):
     ) -> None:
         self._index = index
         self._tail = tail
-        self._reader = reader
         self._store = cards.store
         self._cards = cards
         self._local = local
@@ -59,6 +57,8 @@ class Operations(Part):
         self._facts = facts
         self._clock = clock
         self.presence = Presence(clock())
+        self.projection: Callable[[], Awaitable[dict[str, Any]]] = _nothing
+        """What `status` tells of the projection."""
         self._operations: dict[str, Handler] = {
             "register": self._register,
             "heartbeat": self._heartbeat,
@@ -67,7 +67,6 @@ class Operations(Part):
             "card": self._card,
             "pin": self._pin,
             "status": self._status,
-            "dead-letters": self._dead_letters,
             "agent-add": self._agent_add,
             "agent-revoke": self._agent_revoke,
         }
@@ -97,6 +96,7 @@ class Operations(Part):
         return {
             "agent": wanted.agent,
             "replica": wanted.replica.replica,
+            "progress_within": self._local.watch()[0].budget(wanted.agent),
             "card": {"current": current.digest == wanted.shown.digest, "version": current.version},
         }
 
@@ -113,6 +113,7 @@ class Operations(Part):
             fields.number("failed", default=0),
             fields.number("last_progress", default=0),
             self._clock(),
+            _stalled(body.get("stalled")),
         )
         fields.check(f"heartbeat of {caller}")
         if not self._knows(caller, replica):
@@ -168,7 +169,7 @@ class Operations(Part):
 
     async def _pin(self, body: Body, caller: str) -> dict[str, Any]:
         """Make an earlier card of an agent the current one."""
-        _operator_only(caller, "pin")
+        operator_only(caller, "pin")
         fields = Fields(body)
         agent, what = fields.text("agent"), fields.text("card")
         fields.check("pin")
@@ -185,45 +186,23 @@ class Operations(Part):
         return {"agent": agent, "version": shown.version, "digest": shown.digest}
 
     async def _status(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "status")
+        operator_only(caller, "status")
         await self._tail.sync()
         await self._store.sync()
         states = {State(state).label: count for state, count in sorted(self._index.states.items()) if count}
         return {
             **self._facts(),
+            "projection": await self.projection(),
             "tasks": {"total": len(self._index), "states": states, "skipped": self._index.skipped},
             "read": asdict(self._index.watermark),
             "dead_letters": len(self._index.dead),
             "agents": (await self._agents({}, caller))["agents"],
         }
 
-    async def _dead_letters(self, body: Body, caller: str) -> dict[str, Any]:
-        """The newest first."""
-        _operator_only(caller, "dead-letters")
-        fields = Fields(body)
-        limit = fields.number("limit", default=100)
-        fields.check("dead-letters")
-        await self._tail.sync()
-        dead = list(self._index.dead)
-        newest = dead[::-1][: min(limit, MAX_LETTERS)]
-        return {"dead_letters": [await self._letter(entry) for entry in newest], "total": len(dead)}
-
-    async def _letter(self, entry: Entry) -> dict[str, Any]:
-        record = await self._reader.dead_letter(entry)
-        told = asdict(record) if record is not None else {"reason": "", "error": "", "attempts": 0, "at": 0}
-        return {
-            **told,
-            "agent": entry.agent,
-            "task": entry.task,
-            "caller": entry.caller,
-            "context": entry.context,
-            "time": entry.time // 1_000_000,
-        }
-
     # Accounts ----------------------------------------------------------------------------------
 
     async def _agent_add(self, body: Body, caller: str) -> dict[str, Any]:
-        _operator_only(caller, "agent-add")
+        operator_only(caller, "agent-add")
         fields = Fields(body)
         name, kind = fields.token("name"), fields.text("kind", default="agent")
         fields.check("agent-add")
@@ -234,7 +213,7 @@ class Operations(Part):
 
     async def _agent_revoke(self, body: Body, caller: str) -> dict[str, Any]:
         """Its tasks stay, and can be read by those who sent them."""
-        _operator_only(caller, "agent-revoke")
+        operator_only(caller, "agent-revoke")
         fields = Fields(body)
         name = fields.token("name")
         fields.check("agent-revoke")
@@ -256,11 +235,18 @@ def parsed(data: bytes) -> Body:
     return body
 
 
-def _operator_only(caller: str, operation: str) -> None:
-    if caller != subjects.OPERATOR:
-        raise PermissionDenied(
-            f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
-        )
+def _stalled(told: Any) -> tuple[Stall, ...]:
+    """The tasks without progress that a replica reports; what is none is left out."""
+    found = []
+    for one in told[:MAX_STALLED] if isinstance(told, list) else ():
+        match one:
+            case [str(task), int(since), str(what)] if subjects.TASK_ID.match(task):
+                found.append(Stall(task, since, what[:160]))
+    return tuple(found)
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}
 
 
 def _ended(record: AgentRecord | None) -> frozenset[str]:

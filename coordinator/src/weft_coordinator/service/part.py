@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from weft_protocols.errors import WeftError
+from weft_coordinator.decide.ledger import Event
+from weft_protocols import subjects
+from weft_protocols.errors import PermissionDenied, WeftError
 
 Body: TypeAlias = Mapping[str, Any]
 Handler: TypeAlias = Callable[[Body, str], Awaitable[dict[str, Any]]]
@@ -14,6 +16,16 @@ Answer: TypeAlias = Callable[[dict[str, Any] | WeftError], None]
 """Sends the answer to a request. Once; a request without a reply subject is answered into the void."""
 LeanHandler: TypeAlias = Callable[[Body, str, Answer], None]
 """Takes a request without a task of its own: for what is asked often and decided at once. Must not raise or block."""
+Decide: TypeAlias = Callable[[Callable[[int], Sequence[Event]]], Awaitable[list[int]]]
+"""Stores what a function of the time decides, as `Leader.decide` does."""
+
+
+def operator_only(caller: str, operation: str) -> None:
+    """PermissionDenied unless the caller is the operator."""
+    if caller != subjects.OPERATOR:
+        raise PermissionDenied(
+            f"{operation} is for the operator of the mesh; connect with identity {subjects.OPERATOR}"
+        )
 
 
 class Part:
@@ -39,6 +51,9 @@ class Part:
 
     def deposed(self) -> None:
         """This coordinator leads no more. The ledgers are not to be trusted until `lead`."""
+
+    def beat(self) -> None:
+        """About once a second, whoever leads."""
 
     async def tick(self, now: int) -> None:
         """About once a second while this coordinator leads; `now` is unix milliseconds."""

@@ -14,11 +14,12 @@ from google.protobuf.message import Message as ProtoMessage
 from weft.core.broker import Broker
 from weft_coordinator.decide import listing
 from weft_coordinator.decide import task as tasks
-from weft_coordinator.decide.index import Entry, TaskIndex
+from weft_coordinator.decide.index import Entry
 from weft_coordinator.decide.listing import Listed, Query, Selection
 from weft_coordinator.service import push
 from weft_coordinator.service.cards import CardService
 from weft_coordinator.shell.fit import fit
+from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.tail import Tail
 from weft_coordinator.shell.tasks import TaskReader
 from weft_protocols import a2a, events, ids, subjects
@@ -83,11 +84,14 @@ class Answer:
 
 
 class Reads:
-    """Answers reads out of the stream, each only to the caller the task belongs to."""
+    """Answers reads out of the projection and the stream, each only to the caller the task belongs to."""
 
-    def __init__(self, broker: Broker, index: TaskIndex, tail: Tail, reader: TaskReader, *, cards: CardService) -> None:
+    def __init__(
+        self, broker: Broker, projection: Projection, tail: Tail, reader: TaskReader, *, cards: CardService
+    ) -> None:
         self._broker = broker
-        self._index = index
+        self._index = projection.index
+        self._store = projection.store
         self._tail = tail
         self._reader = reader
         self._cards = cards
@@ -137,12 +141,19 @@ class Reads:
             raise InvalidParams(f"{request.method}: the task's id is missing", violations=(wrong,))
         if not TASK_ID.match(task_id):
             raise TaskNotFound(f"there is no task {task_id[:64]}")
-        entry = self._index.find(request.agent, task_id, caller=request.caller)
+        entry = await self._find(request, task_id)
         if entry is None or not entry.last:
             await self._tail.sync()
-            entry = self._index.find(request.agent, task_id, caller=request.caller)
+            entry = await self._find(request, task_id)
         if entry is None:
             raise TaskNotFound(f"there is no task {task_id}")
+        return entry
+
+    async def _find(self, request: Request, task_id: str) -> Entry | None:
+        """In memory, else in the file."""
+        entry = self._index.find(request.agent, task_id, caller=request.caller)
+        if (entry is None or not entry.created) and self._index.partial:
+            entry = await self._store.find(request.agent, task_id, caller=request.caller) or entry
         return entry
 
     async def _fit(self, request: Request, task: pb.Task) -> pb.Task:
@@ -161,7 +172,7 @@ class Reads:
         asked = a2a.decode(pb.ListTasksRequest, request.data, request.content_type)
         query = listing.query(asked, agent=request.agent, caller=request.caller)
         await self._read_as_far(query)
-        selection = listing.select(self._index.visible(request.caller), query, now=self._index.watermark)
+        selection = await self._store.page(query, now=self._index.watermark)
         length = asked.history_length if asked.HasField("history_length") else 0
         page, agents = await self._page(
             request, selection.tasks, history_length=length, artifacts=asked.include_artifacts

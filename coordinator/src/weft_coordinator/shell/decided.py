@@ -81,6 +81,8 @@ class DecidedLog(Rounds):
         """Events after the last snapshot."""
         self.snapshot_after = SNAPSHOT_EVERY
         """Events after which another one is worth it."""
+        self.led = False
+        """Whether the leader is here: what is folded is then ahead of what is stored, and nothing is read."""
         self._broker = broker
         self._reader = reader
         self._doubtful = True
@@ -92,6 +94,8 @@ class DecidedLog(Rounds):
     # Reading -----------------------------------------------------------------------------------
 
     async def _round(self) -> None:
+        if self.led:
+            return None
         if self._doubtful:
             await self._begin()
             self._doubtful = False

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -24,22 +24,22 @@ import msgpack
 from weft.core.broker import Broker, Delivered, Subscription
 from weft.core.home import process_started
 from weft.core.supervise import Tasks
+from weft_coordinator.decide.laws import LED
 from weft_coordinator.decide.ledger import Event
 from weft_coordinator.shell.decided import CHUNK, Commit, DecidedLog
 from weft_protocols import headers as h
-from weft_protocols.errors import BrokerError, Conflict, Unavailable, WeftError
+from weft_protocols.errors import BrokerError, Conflict, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import COORD, LEASE
 
 log = logging.getLogger("weft.coordinator")
 
 LEASE_SECONDS: Final = 20
 """Seconds a leader that says nothing leads: longer than the broker takes to elect a leader of its own."""
-RENEW: Final = 5.0
-"""Seconds between two renewals."""
+RENEWALS: Final = 4
+"""Renewals in the time of a lease."""
 LOOK: Final = 2.0
 """Seconds between a standby's looks at the lease; it is told of a clean end at once."""
-LED: Final = "led"
-"""Kind of the event with which an epoch begins: [led, coordinator]."""
+TTL: Final = "Nats-TTL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ class Leader:
     Args:
         id: This coordinator, as the lease names it.
         clock: Unix milliseconds; nothing depends on its being right.
+        lease: Seconds a leader that says nothing leads.
         lead: Awaited when this coordinator begins to lead, before `leading` is true; may decide nothing yet.
         deposed: Called when it leads no more; the ledgers are read anew then.
     """
@@ -126,6 +127,7 @@ class Leader:
         *,
         id: str,
         clock: Callable[[], int],
+        lease: int = LEASE_SECONDS,
         lead: Callable[[], Awaitable[None]],
         deposed: Callable[[], None],
     ) -> None:
@@ -140,6 +142,9 @@ class Leader:
         self._clock = clock
         self._lead = lead
         self._deposed = deposed
+        self._seconds = lease
+        self._gone: frozenset[str] = frozenset()
+        """Coordinators known to be gone, whatever their lease says."""
         self._lease = 0
         """Stream sequence of this coordinator's lease."""
         self._renewed = 0.0
@@ -150,6 +155,8 @@ class Leader:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._stopping = False
+        self._writing = asyncio.Lock()
+        """Held while a commit or a snapshot is under way; a new reign begins when none of the last one is."""
         self._tasks = Tasks(f"leader {id}", on_error=lambda _: self._depose("its work failed"))
         self._subscription: Subscription | None = None
 
@@ -176,11 +183,17 @@ class Leader:
             try:
                 async with asyncio.timeout(within):
                     await self._quiet.wait()
-                    await self._write_lease(Term("", self._clock()), seconds=1)
+                    # Longer than the lease before it, which would be the last one again once this one is removed.
+                    await self._write_lease(Term("", self._clock()), seconds=LEASE_SECONDS + 1)
             except (TimeoutError, WeftError) as error:
                 log.warning("the lease could not be let go of: %s", error)
             self._depose("it stops")
         await self._tasks.aclose()
+
+    def are_gone(self, coordinators: Iterable[str]) -> None:
+        """Do not wait for the lease of these. If one is not gone after all, it is deposed and loses nothing else."""
+        self._gone = frozenset(coordinators)
+        self._look.set()
 
     # Decisions ---------------------------------------------------------------------------------
 
@@ -205,7 +218,12 @@ class Leader:
             return done
         if not waiting.first:
             waiting.first, waiting.at = self._decided.number + 1, now
-        numbers = [self._decided.take(event, at=waiting.at) for event in events]
+        try:
+            numbers = [self._decided.take(event, at=waiting.at) for event in events]
+        except Exception as error:
+            # Some of it is folded and nothing will be stored: only reading anew helps.
+            self._depose(f"an event cannot be folded: {error!r}")
+            raise
         waiting.events += events
         waiting.answers.append((done, numbers))
         self._quiet.clear()
@@ -223,10 +241,16 @@ class Leader:
             while self._waiting.answers and self.leading:
                 waiting, self._waiting = self._waiting, _Waiting()
                 try:
-                    await self._store(waiting)
+                    async with self._writing:
+                        await self._store(waiting)
                 except BrokerError as error:
                     self._fail(waiting)
                     self._depose(f"a decision could not be stored: {error}")
+                    break
+                except Exception as error:
+                    log.exception("a decision cannot be written")
+                    self._fail(waiting)
+                    self._depose(f"a decision cannot be written: {error!r}")
                     break
                 for done, numbers in waiting.answers:
                     if not done.done():
@@ -236,7 +260,8 @@ class Leader:
                 and self._decided.since_snapshot >= self._decided.snapshot_after
                 and not self._waiting.answers
             ):
-                await self._snapshot()
+                async with self._writing:
+                    await self._snapshot()
             if not self._waiting.answers:
                 self._quiet.set()
 
@@ -245,6 +270,8 @@ class Leader:
         first = waiting.first
         left = waiting.events
         while left:
+            if not self.leading:
+                raise Unreachable("it leads no more")
             count, size = 0, 0
             while count < len(left) and size < CHUNK:
                 size += len(msgpack.packb(left[count]))
@@ -260,6 +287,9 @@ class Leader:
             self._depose(f"its snapshot was refused: {error}")
         except WeftError as error:
             log.warning("no snapshot was made: %s; later again", error)
+            self._decided.since_snapshot //= 2
+        except Exception:
+            log.exception("no snapshot can be made; later again")
             self._decided.since_snapshot //= 2
 
     def _fail(self, waiting: _Waiting) -> None:
@@ -279,7 +309,7 @@ class Leader:
     async def _campaign(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(RENEW if self.leading else LOOK):
+                async with asyncio.timeout(self._seconds / RENEWALS if self.leading else LOOK):
                     await self._look.wait()
             except TimeoutError:
                 pass
@@ -293,6 +323,11 @@ class Leader:
                     await self._stand()
             except WeftError as error:
                 log.warning("could not look after the lease: %s", error)
+            except Exception:
+                log.exception("cannot lead; perhaps another coordinator can")
+                with contextlib.suppress(WeftError):
+                    await self._write_lease(Term("", self._clock()), seconds=1)
+                await asyncio.sleep(LOOK)
 
     def _on_lease(self, message: Delivered) -> None:
         # Only a hint: the broker may refuse what is heard here.
@@ -301,11 +336,11 @@ class Leader:
 
     async def _renew(self) -> None:
         try:
-            await self._write_lease(self.term, seconds=LEASE_SECONDS)
+            await self._write_lease(self.term, seconds=self._seconds)
         except Conflict:
             self._depose("another coordinator has the lease")
         except WeftError:
-            if asyncio.get_running_loop().time() - self._renewed > LEASE_SECONDS:
+            if asyncio.get_running_loop().time() - self._renewed > self._seconds:
                 self._depose("the lease could not be renewed")
             raise
 
@@ -315,14 +350,14 @@ class Leader:
         self.term = Term.decode(stored.data) if stored is not None else Term("", 0)
         if self.term.leader == self.id and stored is not None:
             self._lease = stored.seq  # it wrote it, and did not hear so
-        elif self.term.leader and not self.term.gone:
+        elif self.term.leader and not self.term.gone and self.term.leader not in self._gone:
             return
         else:
             self._lease = stored.seq if stored is not None else 0
         pid = os.getpid()
         wanted = Term(self.id, self._clock(), socket.gethostname(), pid, process_started(pid) or "")
         try:
-            await self._write_lease(wanted, seconds=LEASE_SECONDS)
+            await self._write_lease(wanted, seconds=self._seconds)
         except Conflict:
             self._look.set()
             return
@@ -331,26 +366,39 @@ class Leader:
 
     async def _begin(self) -> None:
         """Read what was decided and begin an epoch: from its first commit on nobody else can write."""
-        while True:
-            await self._decided.sync()
+        async with self._writing:
+            while not await self._new_epoch():
+                pass  # an earlier leader wrote in between
+        self._waiting = _Waiting()
+        try:
+            await self._lead()
+        except BaseException:
+            self._decided.led = False
+            self._decided.doubt()
+            self._deposed()
+            raise
+        self.leading = True
+        log.info("leads in epoch %d: %d events were decided before", self._epoch, self._decided.number - 1)
+
+    async def _new_epoch(self) -> bool:
+        await self._decided.sync()
+        async with self._decided.alone:
             commit = Commit(self._decided.epoch + 1, self._clock(), self._decided.number + 1, [(LED, self.id)])
             self._decided.take(commit.events[0], at=commit.at)
             try:
                 await self._decided.append(commit)
-                break
             except Conflict:
-                self._decided.doubt()  # an earlier leader wrote in between
-            except BrokerError:
+                self._decided.doubt()
+                return False
+            except BaseException:
                 self._decided.doubt()
                 raise
-        self._epoch = commit.epoch
-        self._waiting = _Waiting()
-        await self._lead()
-        self.leading = True
-        log.info("leads in epoch %d: %d events were decided before", self._epoch, self._decided.number - 1)
+            self._epoch = commit.epoch
+            self._decided.led = True
+            return True
 
     async def _write_lease(self, term: Term, *, seconds: int) -> None:
-        lines = {h.EXPECTED_SEQUENCE: str(self._lease), h.TTL: f"{seconds}s"}
+        lines = {h.EXPECTED_SEQUENCE: str(self._lease), TTL: f"{seconds}s"}
         asked = asyncio.get_running_loop().time()
         self._lease = await self._broker.publish(LEASE, term.encode(), headers=h.block(h.fields(lines)), timeout=4.0)
         self._renewed = asked
@@ -362,6 +410,7 @@ class Leader:
         log.log(logging.INFO if self._stopping else logging.WARNING, "leads no more: %s", why)
         waiting, self._waiting = self._waiting, _Waiting()
         self._fail(waiting)
+        self._decided.led = False
         self._decided.doubt()
         self._quiet.set()
         self.term = Term("", 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -111,6 +112,18 @@ class StreamReader:
         found = await self._read(stream, {"last_by_subj": subject}, single=True)
         return found.messages[0] if found.messages else None
 
+    async def lasts(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        """The last message of each exact subject that has one, in stream order, as of one moment for every `COUNT`.
+
+        Raises what `batch` raises.
+        """
+        found: list[Stored] = []
+        for begin in range(0, len(subjects), COUNT):
+            body = {"multi_last": subjects[begin : begin + COUNT], "batch": COUNT}
+            batch = await self._read(stream, body, single=False)
+            found += batch.messages
+        return found
+
     async def _read(self, stream: str, body: dict[str, Any], *, single: bool) -> Batch:
         deadline = asyncio.get_running_loop().time() + PATIENCE
         request = json.dumps(body).encode()
@@ -143,8 +156,9 @@ class StreamReader:
         # Writers choose all headers but those the broker appends, and even the status in the first line.
         stamp = headers.rfind(_STAMP)
         if stamp >= 0:
-            _, _, name, seq, time, *_ = (line.partition(b": ")[2] for line in headers[stamp:].split(b"\r\n"))
-            read.messages.append(Stored(name.decode(), int(seq), bytes(headers), bytes(data), time.decode()))
+            _, _, name, seq, time, *_ = headers[stamp:].split(b"\r\n")
+            seq, time = seq[15:], time[17:]  # behind "Nats-Sequence: " and "Nats-Time-Stamp: "
+            read.messages.append(Stored(name[14:].decode(), int(seq), bytes(headers), bytes(data), time.decode()))
             if read.single:
                 read.done.set_result(False)
             return

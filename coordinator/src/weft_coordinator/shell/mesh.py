@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config
+from weft.core.config import CONFIG_NAME, ConnectionSettings, MeshConfig, load_mesh_config
 from weft.core.home import Accounts, BrokerRecord, Home
 from weft.core.membership import Membership
-from weft_protocols.errors import InvalidParams, Unavailable, UnsupportedOperation
+from weft.core.retentionconf import Retention
+from weft.core.watchconf import AlertTarget, WatchConfig
+from weft_protocols.errors import InvalidConfig, InvalidParams, Unavailable, UnsupportedOperation
+
+log = logging.getLogger("weft.coordinator")
 
 KINDS: Final = ("agent", "caller")
 DEFAULT_DURABILITY: Final = "strict"
@@ -33,6 +39,11 @@ class LocalMesh:
         """Agents that may connect; none where the broker is elsewhere."""
         return tuple(Accounts.read(self.home).agents) if self.home is not None else ()
 
+    @property
+    def state(self) -> Path | None:
+        """Where coordinators keep their files; None where the broker is elsewhere."""
+        return self.home.root / "coordinator" if self.home is not None else None
+
     def durability(self) -> str:
         """Name of the durability profile: `WEFT_DURABILITY`, else the running broker's."""
         named = os.environ.get("WEFT_DURABILITY")
@@ -44,6 +55,41 @@ class LocalMesh:
         if self.home is None or not (config := self.home.root.parent / CONFIG_NAME).is_file():
             return -1
         return load_mesh_config(config).broker.max_bytes
+
+    def config_mark(self) -> int:
+        """Changes when `mesh.yaml` does; 0 while there is none."""
+        try:
+            return self._config.stat().st_mtime_ns if self._config is not None else 0
+        except OSError:
+            return 0
+
+    def config(self) -> MeshConfig:
+        """What `mesh.yaml` says. Raises InvalidConfig where it is wrong or not here."""
+        if self._config is None:
+            raise InvalidConfig("there is no mesh.yaml here")
+        return load_mesh_config(self._config)
+
+    @property
+    def _config(self) -> Path | None:
+        return self.home.root.parent / CONFIG_NAME if self.home is not None else None
+
+    def retention(self) -> Retention:
+        """How long finished tasks stay in the stream: as `mesh.yaml` says, changed by the environment."""
+        base = Retention()
+        if self._config is not None and self._config.is_file():
+            base = load_mesh_config(self._config).retention
+        return Retention.load(os.environ, base)
+
+    def watch(self) -> tuple[WatchConfig, tuple[AlertTarget, ...]]:
+        """The watchdog's limits and who is told, as `mesh.yaml` sets them; the defaults while it has a mistake."""
+        if self._config is None or not self._config.is_file():
+            return WatchConfig(), ()
+        try:
+            read = load_mesh_config(self._config)
+        except InvalidConfig as error:
+            log.warning("mesh.yaml is not read: %s", error)
+            return WatchConfig(), ()
+        return read.watchdog, read.alerts
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

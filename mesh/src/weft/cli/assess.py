@@ -40,11 +40,13 @@ class Check:
 
 
 def assess(facts: Facts) -> list[Check]:
-    """Every part of the mesh, in the order broker, streams, coordinator, gateway, agents."""
+    """Every part of the mesh, in the order broker, streams, coordinator, incidents, gateway, agents."""
     return [
         _broker(facts),
         *_streams(facts),
         _coordinator(facts),
+        *_further_coordinators(facts),
+        *_incidents(facts),
         *_gateway(facts),
         *_sidecar(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
@@ -100,6 +102,24 @@ def _sidecar(facts: Facts) -> Iterator[Check]:
         failed = row["state"] == "failed"
         after = "mesh restart sidecar" if failed else "mesh logs sidecar"
         yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
+
+
+def _incidents(facts: Facts) -> Iterator[Check]:
+    """Open incidents by name. Only critical ones say that the mesh is not well."""
+    for one in facts.incidents:
+        critical = one["severity"] == "critical"
+        after = f"mesh incidents show {one['id']}"
+        detail = f"{one['severity']}: {one['title']}"
+        yield Check(f"incident {one['id']}", DEGRADED if critical else OK, detail, after if critical else "")
+
+
+def _further_coordinators(facts: Facts) -> Iterator[Check]:
+    """Those that do not run as they should: where one answers, the others would not be missed."""
+    for row in facts.processes or ():
+        if row["kind"] == "coordinator" and row["name"] != "coordinator" and row["state"] != "ready":
+            failed = row["state"] == "failed"
+            after = f"mesh {'restart' if failed else 'logs'} {row['name']}"
+            yield Check(row["name"], DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:

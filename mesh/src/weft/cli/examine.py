@@ -20,6 +20,8 @@ from weft.cli.supervisor.state import Record
 from weft.core.config import MeshConfig, find_home, load_mesh_config, load_settings
 from weft.core.gatewayconf import INSTALL, GatewayConfig, missing_modules
 from weft.core.home import Accounts, BrokerRecord, GatewayRecord, Home
+from weft.core.watchconf import INSTALL as INSTALL_ALERTS
+from weft.core.watchconf import missing_alerts
 from weft_protocols.errors import ApiError, BrokerError, InvalidConfig, Unavailable, WeftError
 from weft_protocols.resources import STREAM, Topology, topology
 
@@ -61,7 +63,7 @@ async def examine() -> list[Finding]:
     """All checks, those of the machine first."""
     findings = [_python(), *_packages(), await _binary(), _open_files()]
     config, finding = _config()
-    findings.append(finding)
+    findings += [finding, *_alerts(config)]
     home = _home(config)
     if home is None:
         return [*findings, Finding("mesh", SKIPPED, "no mesh was started here yet", "mesh up")]
@@ -163,6 +165,21 @@ def _config() -> tuple[MeshConfig | None, Finding]:
     if missing:
         return config, Finding("mesh.yaml", FAILED, f"no such file for {'; '.join(missing)}", f"edit `run` in {path}")
     return config, Finding("mesh.yaml", OK, f"{path}: {len(config.agents)} agents")
+
+
+def _alerts(config: MeshConfig | None) -> Iterator[Finding]:
+    """Whether people can be told of incidents, where somebody should be."""
+    if config is None or not config.alerts:
+        return
+    if problem := missing_alerts():
+        yield Finding("alerts", FAILED, problem, INSTALL_ALERTS)
+        return
+    for target in config.alerts:
+        try:
+            target.url()
+        except InvalidConfig as error:
+            here = f" for the coordinator: export {target.url_env}=..." if target.url_env else ""
+            yield Finding("alerts", WARNING, str(error), f"set it where the mesh is started{here}")
 
 
 def _home(config: MeshConfig | None) -> Path | None:

@@ -29,9 +29,10 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     },
     "Work": {
         "send": ("weft.cli.send", "Send a task to an agent and print its result."),
-        "tasks": ("weft.cli.tasks", "List, show, watch and cancel tasks."),
+        "tasks": ("weft.cli.tasks", "List, show, watch and cancel tasks; show what they delegated."),
         "agents": ("weft.cli.agents", "List the agents, their skills and replicas; pin a card."),
         "card": ("weft.cli.card", "Check and print the card of an agent."),
+        "schedules": ("weft.cli.schedules", "List what starts by the clock, and when."),
         "tools": ("weft.cli.tools", "Register, inspect, approve and call tool servers (MCP)."),
     },
     "Operate": {
@@ -39,12 +40,15 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "logs": ("weft.cli.logs", "Print what the processes wrote."),
         "restart": ("weft.cli.restart", "Restart a process or, one by one, an agent's replicas."),
         "scale": ("weft.cli.scale", "Set an agent's number of replicas."),
+        "locks": ("weft.cli.locks", "List locks and who waits for whom; take one away."),
+        "incidents": ("weft.cli.incidents", "List what is wrong, why, and what to run next."),
+        "dlq": ("weft.cli.dlq", "Inspect, redrive and discard dead letters."),
         "health": ("weft.cli.health", "Check broker, coordinator and agents."),
         "doctor": ("weft.cli.doctor", "Check this machine and this project."),
     },
     "Run one part in the foreground": {
         "run": ("weft.cli.run", "Run a replica of an agent."),
-        "coordinator": ("weft.cli.coordinator", "Run a coordinator."),
+        "coordinator": ("weft.cli.coordinator", "Run a coordinator; show which one leads."),
         "gateway": ("weft.cli.gateway", "Run a gateway: every agent over HTTP and gRPC."),
         "sidecar": ("weft.cli.sidecar", "Run a sidecar: the way from agents to tools."),
         "mcp": ("weft.cli.mcp", "Serve the tools here to a desktop client (MCP over stdio)."),

@@ -112,6 +112,8 @@ class Facts:
     """Rows of `mesh ps`; None where no supervisor runs on this machine."""
     gateway: GatewayFacts | None = None
     """None where none runs on this machine."""
+    incidents: tuple[Mapping[str, Any], ...] = ()
+    """Open incidents, as the coordinator's leader tells them."""
 
     @property
     def names(self) -> list[str]:
@@ -152,6 +154,7 @@ async def gather() -> Facts:
             silence=silence,
             processes=None if settings.home is None or elsewhere else processes_of(settings.home),
             gateway=None if settings.home is None or elsewhere else await asyncio.to_thread(gateway_of, settings.home),
+            incidents=await _incidents(broker) if agents is not None else (),
         )
     finally:
         await broker.close()
@@ -259,6 +262,15 @@ async def _registry(broker: Broker) -> tuple[dict[str, AgentFacts] | None, str]:
         return None, "its answer is not understood: another version?"
     now = time.time()
     return {entry["name"]: _agent(entry, now) for entry in entries}, ""
+
+
+async def _incidents(broker: Broker) -> tuple[Mapping[str, Any], ...]:
+    """Open incidents; none where nobody leads right now."""
+    try:
+        reply = await broker.request(subjects.coord("incidents", subjects.OPERATOR), b"{}", timeout=ANSWER)
+        return tuple(json.loads(reply.data)["incidents"])
+    except (BrokerError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _agent(entry: Mapping[str, Any], now: float) -> AgentFacts:

@@ -12,7 +12,7 @@ from weft.cli.restart import SILENCE
 @click.argument("name")
 @click.argument("replicas", type=click.IntRange(0, 1000))
 def command(name: str, replicas: int) -> None:
-    """Run REPLICAS replicas of agent NAME until the mesh is stopped; mesh.yaml is not changed."""
+    """Run REPLICAS replicas of agent NAME, or coordinators, until the mesh is stopped; mesh.yaml is not changed."""
     from weft.cli.supervisor.control import call
     from weft.core.config import find_home
 

@@ -31,7 +31,7 @@ COLUMNS: Final = (
 
 @click.group()
 def command() -> None:
-    """List, show, watch and cancel tasks."""
+    """List, show, watch and cancel tasks; show what they delegated."""
 
 
 def _all_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,6 +149,30 @@ def cancel(task_id: str, agent: str, *, reason: str, timeout: float, output: str
 
     view = _run(work)
     Printer(output).record(taskview.record(view), text=f"{view.id} {view.state.label}")
+
+
+@command.command("tree")
+@click.argument("task_id", metavar="TASK")
+@_all_option
+@output_option
+def tree(task_id: str, *, everybody: bool, output: str) -> None:
+    """Show the tree TASK is part of: who delegated what to whom, and how far each of them is.
+
+    It begins with the highest task the caller may see; with --all, with the task somebody outside sent.
+    """
+    import time
+
+    from weft.cli import treeview
+    from weft.client import trees
+
+    found = _run(lambda mesh: trees.tree(mesh.broker, task_id), everybody=everybody)
+    printer = Printer(output)
+    if printer.machine:
+        printer.record({"root": treeview.nested(found), "more": found.more})
+        return
+    printer.rows(treeview.rows(found, now=time.time()), treeview.COLUMNS)
+    if found.more:
+        printer.talk(f"there are more than these {len(found.nodes)} tasks")
 
 
 def _event_line(event: Event) -> str:

@@ -67,6 +67,8 @@ class Heartbeat:
     failed: int = 0
     last_progress: int = 0
     """Unix milliseconds of the last event, step or result; 0 for none."""
+    stalled: Sequence[tuple[str, int, str]] = ()
+    """Tasks that made no progress in time: task id, unix milliseconds of the last, what it is at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,14 @@ class DeadLetterInfo(_Told):
     message: int = 0
     """Stream sequence of the creating message."""
     at: int = 0
+    state: str = "open"
+    """`open`, `redriven` or `discarded`."""
+    redriven_as: str = ""
+    """The task of its last redrive."""
+    redrives: int = 0
+    discarded_because: str = ""
+    time: int = 0
+    """When it was given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +258,15 @@ async def dead_letters(
     """The newest dead letters, at most `limit` (up to 1000), and how many there are. Operator only."""
     answer = await call(broker, "dead-letters", {"limit": limit}, timeout=timeout)
     return tuple(DeadLetterInfo.of(one) for one in answer["dead_letters"]), int(answer["total"])
+
+
+async def schedules(broker: Broker, *, timeout: float = TIMEOUT) -> tuple[dict[str, Any], ...]:
+    """What starts by the clock, by name: the fields of `mesh.yaml` and its times, unix milliseconds. Operator only.
+
+    `next` and `last` are 0 where that is not known; `task` is the one that was last started, `since` when the schedule
+    was made or changed.
+    """
+    return tuple((await call(broker, "schedules", timeout=timeout))["schedules"])
 
 
 async def add(broker: Broker, name: str, *, kind: str = "agent", timeout: float = CHANGE_TIMEOUT) -> None:

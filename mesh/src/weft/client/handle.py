@@ -13,6 +13,7 @@ from weft.client import content
 from weft.client.watch import Event, TaskWatch, as_update
 from weft.core.broker import Broker, Subscription
 from weft_protocols import a2a
+from weft_protocols import headers as h
 from weft_protocols.errors import DeadlineExceeded, UnsupportedOperation
 from weft_protocols.events import RawEvent
 from weft_protocols.parts import TaskView
@@ -235,6 +236,42 @@ class Handle:
     async def send(self, message: Any, **options: Any) -> TaskView:
         """Send a follow-up and wait for the next stop, as `Mesh.send` does."""
         return await self._mesh.send(self.agent, message, task_id=self.id, context_id=self.context_id, **options)
+
+    @property
+    def question(self) -> str:
+        """Name of the question the task stopped with: the same when it is asked again after a takeover."""
+        stop = self._watched.watch.stop
+        if stop is None:
+            return ""
+        named = h.get(stop.headers, b"Weft-Question")
+        return named.decode("utf-8", "replace") if named else f"event-{stop.n}"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Metadata of the event the task stopped with."""
+        stop = self._watched.watch.stop
+        update = stop.decode().status_update if stop is not None else pb.TaskStatusUpdateEvent()
+        return a2a.struct_to_dict(update.metadata) if update.HasField("metadata") else {}
+
+    @property
+    def dead_letter(self) -> bool:
+        """Whether the task was given up and left a dead letter."""
+        stop = self._watched.watch.stop
+        return stop is not None and h.get(stop.headers, b"Weft-Dead-Letter") == b"1"
+
+    def go_on(self) -> None:
+        """Have `result` wait for what the task stops with after what it stopped with now."""
+        if self._watched.watch.stop is not None:
+            self._since = max(self._since, self._watched.watch.stop.n)
+
+    async def reply(self, request: pb.SendMessageRequest) -> None:
+        """Send a follow-up, which may have been sent before by another process; `result` counts from where it did.
+
+        Nothing is sent to a task that has ended.
+        """
+        if not self._watched.watch.ended:
+            self._message_id = request.message.message_id
+            await self._mesh._store_follow_up(self, request, deadline=None, headers=None)
 
     async def follow_up(
         self,

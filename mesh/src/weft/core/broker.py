@@ -292,8 +292,8 @@ class Broker:
         """One attempt at a durable write, without waiting: `sequence_of` reads the future's answer."""
         return self._wire.ask(subject, data, headers=headers, timeout=timeout)
 
-    def publish_then(self, subject: str, data: bytes, *, headers: bytes, then: Answered) -> None:
-        """One attempt at a durable write; `then` gets the acknowledgement from the reader, or an error."""
+    def publish_then(self, subject: str, data: bytes, *, headers: bytes | None = None, then: Answered) -> None:
+        """One attempt at a durable write, or a request; `then` gets the answer from the reader, or an error."""
         self._wire.ask_then(subject, data, headers=headers, timeout=ATTEMPT, then=then)
 
     async def publish(

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.retentionconf import Retention, read_retention
+from weft.core.scheduleconf import ScheduleConfig, read_schedules
 from weft.core.toolsconf import SidecarConfig, ToolServer, read_sidecar, read_tools
+from weft.core.watchconf import AlertTarget, WatchConfig, read_alerts, read_watchdog
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
 from weft_protocols.errors import InvalidConfig, InvalidName, NotAuthenticated, Unavailable
@@ -183,6 +187,11 @@ class MeshConfig:
     tools: Mapping[str, ToolServer] = field(default_factory=dict)
     """Tool servers that stand in the file; `mesh tools add` registers others."""
     sidecar: SidecarConfig = field(default_factory=SidecarConfig)
+    schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+    watchdog: WatchConfig = field(default_factory=WatchConfig)
+    alerts: tuple[AlertTarget, ...] = ()
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -218,20 +227,29 @@ class _Reader(YamlReader):
     """Reads `mesh.yaml`."""
 
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
-        known = ("name", "broker", "agents", "callers", "gateway", "tools", "sidecar")
+        known = (
+            "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
+            "alerts", "tools", "sidecar",
+        )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
         default = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:64].strip("-") or "mesh"
         agents = self._agents(fields.get("agents"))
+        callers = self._callers(fields.get("callers"), agents)
         return MeshConfig(
             name=self.value(fields, "name", default, _token),
             folder=folder,
             broker=self._broker(fields.get("broker")),
             agents=agents,
-            callers=self._callers(fields.get("callers"), agents),
+            callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
             tools=read_tools(self, fields.get("tools"), folder=folder),
             sidecar=read_sidecar(self, fields.get("sidecar")),
+            schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
+            retention=read_retention(self, fields.get("retention")),
+            watchdog=read_watchdog(self, fields.get("watchdog")),
+            alerts=read_alerts(self, fields.get("alerts"), folder=folder),
+            coordinator=read_coordinator(self, fields.get("coordinator")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

@@ -71,7 +71,7 @@ def render(accounts: Accounts, options: ServerOptions) -> str:
         "}",
         f"system_account: {SYSTEM}",
         "accounts {",
-        f"  {SYSTEM} {{ users: [{_user(accounts.members[SYSTEM])}] }}",
+        *_system(accounts),
         *_mesh(accounts),
     ]
     for name, key in accounts.agents.items():
@@ -80,6 +80,16 @@ def render(accounts: Accounts, options: ServerOptions) -> str:
         lines += _account(name, key, policy.imports(name, agent=False))
     lines.append("}")
     return "\n".join(lines) + "\n"
+
+
+def _system(accounts: Accounts) -> Iterable[str]:
+    yield f"  {SYSTEM} {{"
+    yield f"    users: [{_user(accounts.members[SYSTEM])}]"
+    yield "    exports: ["
+    for export in policy.SYSTEM_EXPORTS:
+        yield f"      {_export(export)}"
+    yield "    ]"
+    yield "  }"
 
 
 def _mesh(accounts: Accounts) -> Iterable[str]:
@@ -91,6 +101,10 @@ def _mesh(accounts: Accounts) -> Iterable[str]:
     for export in policy.exports(tuple(accounts.agents)):
         yield f"      {_export(export)}"
     yield "    ]"
+    yield "    imports: ["
+    for export in policy.SYSTEM_EXPORTS:
+        yield f"      {_import(SYSTEM, Import(export.subject, stream=export.stream))}"
+    yield "    ]"
     yield "  }"
 
 
@@ -100,10 +114,14 @@ def _account(name: str, key: str, imports: Iterable[Import]) -> Iterable[str]:
     yield f"    limits {{ max_connections: {ACCOUNT_CONNECTIONS} }}"
     yield "    imports: ["
     for one in imports:
-        kind = "stream" if one.stream else "service"
-        yield f"      {{ {kind}: {{ account: {MESH}, subject: {quote(one.subject)} }} }}"
+        yield f"      {_import(MESH, one)}"
     yield "    ]"
     yield "  }"
+
+
+def _import(account: str, one: Import) -> str:
+    kind = "stream" if one.stream else "service"
+    return f"{{ {kind}: {{ account: {account}, subject: {quote(one.subject)} }} }}"
 
 
 def _export(export: Export) -> str:

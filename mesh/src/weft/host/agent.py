@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from weft.host.breaker import BREAKER, BreakerPolicy
+from weft.host.chain import HOPS, MOST_HOPS
+from weft.host.retry import RetryPolicy
 from weft.host.signature import Signature
 from weft_protocols import subjects
 from weft_protocols.errors import ExtensionSupportRequired, InvalidConfig, InvalidParams
@@ -43,9 +46,23 @@ class Agent:
         version: of the code; claims and events carry it.
         description: for people and for other agents.
         concurrency: tasks one replica works on at a time. Waiting for a child, an answer or a timer does not count.
-        attempts: how often a task may be started before it is failed and leaves a dead letter.
-        suspend_after: seconds a question may wait before the task leaves memory until it is answered.
+        attempts: how often a task may be started before it is failed and leaves a dead letter; 3 by default.
+        retry: the same with the pauses between the attempts, and errors that end a task at once.
+        suspend_after: seconds a task may only wait, for answers, timers or children, before it leaves memory until
+            what it waits for has happened.
+        progress_within: seconds within which a task in work must write an event, or begin or finish a step; later
+            the coordinator opens an incident. Waiting for a child, an answer, a timer or a lock does not count.
         cancel_grace: seconds a cancelled handler has for cleaning up before the task is ended without it.
+        breaker: when a replica of this agent stops calling another one whose tasks fail; None is never.
+        shed: whether a task is failed at once where even a quick run of its skill, as far as this replica has seen
+            at least 20, would not be done by its deadline.
+        rollback_timeout: seconds for undoing what a task did (`Task.on_rollback`) before it ends without.
+        weight: how much of what is delegated by skill it gets, against other agents with that skill; 0 is none.
+        cost: what a task costs here, against those agents: with 1 it gets half as much as with 0, with 3 a quarter.
+        max_hops: delegations from the root of a chain to a task of this agent, and to those it delegates; up to 30.
+        reentrant: whether a task of this agent may, further down its chain, delegate to this agent again.
+        ordering: `context`: the tasks of a context are worked on strictly one after the other, in the order in which
+            they were accepted, whatever replica works on them; it takes a coordinator. None: side by side.
         card: an A2A agent card or part of one, as its message or as ProtoJSON: provider, modes, security, extensions…
             What it sets wins over what is declared here; where it lists skills, only those are shown.
         extended_card: what callers who ask for the extended card see over the card: the same form, skills are added.
@@ -61,9 +78,19 @@ class Agent:
         version: str = "0.1.0",
         description: str = "",
         concurrency: int = 100,
-        attempts: int = 3,
+        attempts: int | None = None,
+        retry: RetryPolicy | None = None,
         suspend_after: float = 30.0,
         cancel_grace: float = 10.0,
+        weight: float = 1.0,
+        cost: float = 0.0,
+        breaker: BreakerPolicy | None = BREAKER,
+        shed: bool = True,
+        rollback_timeout: float = 60.0,
+        max_hops: int = HOPS,
+        reentrant: bool = False,
+        ordering: Literal["context"] | None = None,
+        progress_within: float = 600.0,
         card: Mapping[str, Any] | AgentCard | None = None,
         extended_card: Mapping[str, Any] | AgentCard | None = None,
     ) -> None:
@@ -72,9 +99,22 @@ class Agent:
         self.version = version
         self.description = description
         self.concurrency = _at_least(1, concurrency, f"concurrency of agent {name}")
-        self.attempts = _at_least(1, attempts, f"attempts of agent {name}")
+        self.retry = _retry(name, attempts, retry)
         self.suspend_after = _at_least(0.0, suspend_after, f"suspend_after of agent {name}")
+        self.progress_within = _at_least(0.1, progress_within, f"progress_within of agent {name}")
         self.cancel_grace = _at_least(0.0, cancel_grace, f"cancel_grace of agent {name}")
+        self.breaker = breaker
+        self.shed = shed
+        self.rollback_timeout = _at_least(0.0, rollback_timeout, f"rollback_timeout of agent {name}")
+        self.weight = _at_least(0.0, weight, f"weight of agent {name}")
+        self.cost = _at_least(0.0, cost, f"cost of agent {name}")
+        self.max_hops = _at_least(1, max_hops, f"max_hops of agent {name}")
+        if max_hops > MOST_HOPS:
+            raise InvalidConfig(f"max_hops of agent {name} is {max_hops}; a message has room for {MOST_HOPS}")
+        self.reentrant = reentrant
+        if ordering not in ("context", None):
+            raise InvalidConfig(f"ordering of agent {name} is {ordering!r}; it must be 'context' or None")
+        self.ordering = ordering
         self.card = card
         self.extended_card = extended_card
         self.skills: dict[str, Skill] = {}
@@ -83,6 +123,15 @@ class Agent:
         self.on_start: list[Callable[[Mesh], Any]] = []
         self.services: list[Callable[[], Coroutine[Any, Any, None]]] = []
         """What its process runs beside its replica, as long as it serves."""
+
+    @property
+    def attempts(self) -> int:
+        """How often a task may be started."""
+        return self.retry.attempts
+
+    @attempts.setter
+    def attempts(self, value: int) -> None:
+        self.retry = replace(self.retry, attempts=value)
 
     def skill(
         self,
@@ -241,3 +290,15 @@ def _at_least(low: N, value: N, what: str) -> N:
     if value < low:
         raise InvalidConfig(f"{what} is {value}; it must be at least {low}")
     return value
+
+
+def _retry(name: str, attempts: int | None, retry: RetryPolicy | None) -> RetryPolicy:
+    if retry is None:
+        return RetryPolicy(attempts=_at_least(1, 3 if attempts is None else attempts, f"attempts of agent {name}"))
+    if attempts is not None and attempts != retry.attempts:
+        raise InvalidConfig(f"agent {name} has attempts={attempts} and {retry.attempts} in its retry; give one of them")
+    if retry.timeout is not None:
+        raise InvalidConfig(
+            f"the retry of agent {name} has a timeout: that is for steps; callers set a task's deadline"
+        )
+    return retry

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import time
-from collections.abc import Awaitable, Coroutine, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from a2a.types import a2a_pb2 as pb
 
-from weft.core import blobs
-from weft.host import values
-from weft.host.run import Child, Run
-from weft_protocols import a2a, ids
-from weft_protocols import headers as h
-from weft_protocols.errors import (
-    DeadlineExceeded,
-    StepChanged,
-    TaskCanceled,
-    TaskEnded,
-    TaskFailed,
-    TaskInterrupted,
-    TaskRejected,
-)
-from weft_protocols.parts import TaskView
-from weft_protocols.records import StepRecord
-from weft_protocols.states import State
-
-_ENDED: Final[dict[State, type[TaskEnded]]] = {
-    State.FAILED: TaskFailed,
-    State.REJECTED: TaskRejected,
-    State.CANCELED: TaskCanceled,
-    State.INPUT_REQUIRED: TaskInterrupted,
-    State.AUTH_REQUIRED: TaskInterrupted,
-}
+from weft.host import gathering
+from weft.host.child import Delegation, Order
+from weft.host.run import Run
+from weft_protocols import budgets, records
+from weft_protocols.errors import UsageError
+from weft_protocols.parts import Part, TaskView
 
 
 class Delegating:
@@ -42,110 +20,104 @@ class Delegating:
 
     _run: Run
 
-    def delegate(
+    if TYPE_CHECKING:
+
+        async def _question(
+            self, key: str, parts: Sequence[Part], auth: bool, metadata: dict[str, Any], timeout: float | None = None
+        ) -> pb.Message:
+            """Ask the caller, under a journal key; `Waiting` has it."""
+            ...
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """What this task and everything it delegates may spend, by name: `tokens`, `usd`, ..."""
+        told = self._run.work.headers.get("weft-budget", "")
+        return {name: float(limit) for name, limit in budgets.parse(told).items()} if told else {}
+
+    def delegate(  # noqa: PLR0913 - each option of a delegation, with its default
         self,
-        agent: str,
-        message: Any,
+        agent: str | None = None,
+        message: Any = None,
         *,
         skill: str | None = None,
+        fallback: Sequence[str] = (),
+        relay: bool = True,
         key: str | None = None,
         deadline: float | None = None,
+        budget: Mapping[str, float] | None = None,
         context_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, TaskView]:
         """Have another agent do something, durably, and wait for its result without holding a slot.
 
-        The child is the same on every attempt; its deadline is the earlier of the given one (seconds) and this
-        task's; cancelling this task cancels it.
+        The child is the same on every attempt; cancelling this task cancels it.
+
+        Args:
+            agent: its name. Without one, the coordinator chooses among the agents that have `skill`.
+            message: text, bytes, a part, several parts, or any JSON value.
+            skill: the skill to run.
+            fallback: agents to try in turn where the one before does not exist, its circuit is open, or its task
+                left a dead letter.
+            relay: whether what the child asks is asked of this task's caller, and the answer sent to the child.
+            key: names the delegation in the journal; by default its agent, or skill, and an ordinal.
+            deadline: seconds; never later than this task's own.
+            budget: limits by name, such as `{"tokens": 1000}`. They only lower those this task has.
+            context_id: the conversation; this task's by default.
+            metadata: of the message.
 
         Raises:
             TaskFailed, TaskRejected, TaskCanceled: the child ended so.
-            TaskInterrupted: the child waits for input.
+            TaskInterrupted: the child waits for input, and `relay` is False.
             DeadlineExceeded: it did not end in time.
+            DelegationLoop: the chain of delegations would be too long, or go in circles.
+            CircuitOpen: too many calls of the agent failed; `retry_after` says when it is tried again.
+            AgentNotFound, Unavailable: no agent has the skill; none that has it is ready.
         """
-        journal_key = self._run.journal.key(key or f"delegate-{agent}", explicit=key is not None)
-        options = {"skill": skill, "context_id": context_id or self._run.work.context_id, "metadata": metadata}
-        return self._delegate(journal_key, agent, message=message, deadline=deadline, options=options)
+        if not agent and not skill:
+            raise UsageError("delegate needs the name of an agent, or a skill: task.delegate(skill='translate', ...)")
+        if message is None:
+            raise UsageError(f"delegate to {agent or skill} needs a message")
+        name = f"delegate-{agent}" if agent else f"delegate-skill-{skill}"
+        order = Order(
+            key=self._run.journal.key(key or name, explicit=key is not None),
+            agent=agent or "",
+            skill=skill,
+            message=message,
+            fallback=tuple(fallback),
+            relay=relay,
+            deadline=deadline,
+            budget=budget,
+            context_id=context_id or self._run.work.context_id,
+            metadata=metadata,
+        )
+        work = Delegation(self._run, order, ask=self._question).result()
+        self._run.name(work, order.key)
+        return work
 
-    async def _delegate(
-        self, key: str, agent: str, *, message: Any, deadline: float | None, options: dict[str, Any]
-    ) -> TaskView:
+    def gather(self, *work: Awaitable[Any], wait: gathering.Wait = "all") -> Coroutine[Any, Any, list[Any]]:
+        """Wait for several steps or delegations together, as many as `wait` says; their results, in their order.
+
+        With `all`, every one has to succeed, and the first error cancels the rest. With `first`, or a number, that
+        many have to succeed: the rest is cancelled, with the children it has. Which ones counted is recorded.
+
+        Raises:
+            UsageError: `wait` is not possible.
+            the first error that happened, once too many failed; all of them are in its `__cause__`.
+        """
         run = self._run
-        digest = values.digest((agent, a2a.parts_of(message)), {})
-        stored = await run.journal.read(key)
-        if stored is not None:
-            record = StepRecord.decode(stored.data)
-            if record.input != digest:
-                raise StepChanged(f"delegation {key!r} of task {self._run.task_id} is recorded with another input")
-            return _outcome(a2a.view(pb.Task.FromString(record.value), agent=agent))
-        message_id = ids.child_message_id(self._run.task_id, key)
-        child_id = ids.task_id(run.mesh.caller, agent, message_id)
-        child = run.children[child_id] = Child(agent, options["context_id"], message_id)
-        await run.remember_children()
-        left = self._time_left(deadline)
-        run.busy += 1
         try:
-            handle = await run.mesh.submit(
-                agent,
-                message,
-                message_id=message_id,
-                deadline=left,
-                headers=self._passed_on(),
-                **options,
-            )
-            async with handle, run.slot.waiting():
-                view = await handle.result(None if left is None else left + 5.0)
-                task = handle._watched.watch.task()
-        except asyncio.CancelledError:
-            if run.stop is None:
-                await run.cancel_child(child_id, "its parent does not wait for it any more")
+            need = gathering.needed(wait, len(work))
+        except UsageError:
+            gathering.close(run, work)
             raise
-        finally:
-            run.rest()
-        if view.state.terminal:
-            child.done = True
-            if task.ByteSize() <= blobs.LIMIT * 2:
-                await run.journal.write(key, StepRecord(key, digest, task.SerializeToString()).encode())
-        run.last_progress = time.time()
-        return _outcome(view)
+        if need == len(work):
+            made = gathering.together(run, work)
+        else:
+            made = gathering.enough(run, run.journal.own_key(records.GATHER_KEY), work, need=need)
+        run.name(made, work)
+        return made
 
-    async def gather(self, *work: Awaitable[Any]) -> list[Any]:
-        """Wait for several steps or delegations together; their results in order. The first error cancels the rest."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_awaited(item)) for item in work]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
-        finally:
-            for item in work:
-                if inspect.iscoroutine(item):
-                    item.close()  # one that was cancelled before it began would complain
-        return [task.result() for task in tasks]
-
-    def _time_left(self, given: float | None) -> float | None:
-        own = None if self._run.work.deadline is None else self._run.work.deadline - time.time()
-        if own is not None and own <= 0:
-            raise DeadlineExceeded(f"the deadline of task {self._run.task_id} has passed")
-        return given if own is None else own if given is None else min(own, given)
-
-    def _passed_on(self) -> dict[str, str]:
-        """Headers of a child: the delegation chain with this task at its end, and the trace it belongs to."""
-        own = self._run.work.headers
-        before, this = own.get("weft-chain", ""), f"{self._run.work.agent}/{self._run.task_id}"
-        passed = {h.CHAIN: f"{before},{this}" if before else this}
-        for name in (h.TRACEPARENT, h.TRACESTATE):
-            if own.get(name):
-                passed[name] = own[name]
-        return passed
-
-
-async def _awaited(item: Awaitable[Any]) -> Any:
-    return await item
-
-
-def _outcome(view: TaskView) -> TaskView:
-    error = _ENDED.get(view.state)
-    if error is None:
-        return view
-    said = f": {view.message.text}" if view.message is not None and view.message.text else ""
-    raise error(f"task {view.id} of {view.agent} {view.state.label}{said}", task_id=view.id, agent=view.agent)
+    async def first(self, *work: Awaitable[Any]) -> Any:
+        """The result of the first of several steps or delegations that succeeds; see `gather`."""
+        (result,) = await self.gather(*work, wait="first")
+        return result

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
-from weft.host import values
+from weft.host import chain, ending, values
 from weft.host.conversation import Conversation
 from weft.host.owner import Owner
+from weft.host.retry import DEADLOCK
+from weft.host.rollback import End
 from weft.host.run import Run, Stop, sequence_in
 from weft.host.steps import call
 from weft.host.task import Task
-from weft_protocols import a2a, records
+from weft_protocols import a2a, budgets, records
 from weft_protocols.errors import (
     A2AError,
     BrokerError,
     Conflict,
-    DeadlineExceeded,
+    DeadlockError,
     Fail,
     Fenced,
     InvalidAgentResponse,
@@ -30,10 +33,9 @@ from weft_protocols.errors import (
     Reject,
     TooLarge,
     UsageError,
-    WeftError,
 )
 from weft_protocols.parts import Data, Message, Part, TaskView
-from weft_protocols.records import HANDED_BACK, SUSPENDED, DeadLetter
+from weft_protocols.records import HANDED_BACK, SUSPENDED
 from weft_protocols.states import State
 
 if TYPE_CHECKING:
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
     from weft.host.turns import Turns
 
 log = logging.getLogger("weft.host")
-
-PAUSES: Final = (0.5, 2.0, 5.0, 15.0, 30.0)
-"""Seconds before the next attempt after one that raised."""
 
 
 async def execute(replica: Owner, run: Run) -> None:
@@ -54,6 +53,11 @@ async def execute(replica: Owner, run: Run) -> None:
     try:
         if run.stop is not None:
             await _stopped(replica, run)
+            return
+        if run.agent.turns is None and (end := await ending.ended_before(run)) is not None:
+            await ending.conclude(run, end)
+            replica.counters.failed += end.state is not State.CANCELED
+            _settle(replica, run)
             return
         if await _refused(run):
             _settle(replica, run)
@@ -84,18 +88,39 @@ async def _refused(run: Run) -> bool:
     try:
         a2a.check_version(work.headers.get("a2a-version", ""))
         run.agent.check_extensions(work.headers.get("a2a-extensions", ""))
+        _check_chain(run)
         parts = await content.expand(run.mesh.broker, work.request.message.parts)
         run.parts = tuple([a2a.part_from_proto(part) for part in parts])
     except A2AError as error:
-        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.REJECTED, error.message, reason=error.reason), error=error)
+        return True
+    if run.barred:
+        await run.finish(State.REJECTED, a2a.parts_of(run.barred))
         return True
     if work.deadline is not None and work.deadline < time.time():
-        await run.finish(State.FAILED, a2a.parts_of("the deadline had passed before the task could start"))
+        late = "the deadline has passed" if run.claim.waiting else "the deadline had passed before the task could start"
+        await ending.conclude(run, End(State.FAILED, late))
         return True
     if run.tries > run.agent.attempts:
         await _give_up(run, f"given up after {run.agent.attempts} attempts", error="the replicas that ran it ended")
         return True
     return False
+
+
+def _check_chain(run: Run) -> None:
+    """InvalidRequest for a chain that goes in circles, or a budget that cannot be read."""
+    headers = run.work.headers
+    if "weft-chain" in headers:
+        chain.received(
+            headers,
+            caller=run.work.caller,
+            task=run.task_id,
+            agent=run.agent.name,
+            max_hops=run.agent.max_hops,
+            reentrant=run.agent.reentrant,
+        )
+    if "weft-budget" in headers:
+        budgets.parse(headers["weft-budget"])
 
 
 async def _attempt(replica: Owner, run: Run) -> None:
@@ -105,14 +130,16 @@ async def _attempt(replica: Owner, run: Run) -> None:
     try:
         skill, arguments = _chosen(run)
     except InvalidParams as error:
-        await run.finish(State.REJECTED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.REJECTED, error.message, reason=error.reason), error=error)
         _settle(replica, run)
+        return
+    if await _shed(replica, run, skill):
         return
     if skill.answer == "task" and run.log.last_state is not State.WORKING:
         await run.status(State.WORKING, extra=b"Weft-Replica: %b\r\nWeft-Attempt: %d\r\n" % (
             run.replica.encode(), run.claim.attempt,
         ))  # fmt: skip
-    deadline = run.work.deadline
+    deadline, begun = run.work.deadline, time.monotonic()
     try:
         if deadline is None:
             result = await _handler(skill, run, arguments)
@@ -124,7 +151,22 @@ async def _attempt(replica: Owner, run: Run) -> None:
     except Exception as error:  # noqa: BLE001 - the handler's own failure: an end, another attempt or a dead letter
         await _failed(replica, run, error)
     else:
+        if run.journal.fresh and len(run.history) == 1:  # in one go, and without asking
+            replica.paces.took(skill.id, time.monotonic() - begun)
         await _completed(replica, run, skill=skill, result=result)
+
+
+async def _shed(replica: Owner, run: Run, skill: Skill) -> bool:
+    """End a new task that cannot be done by its deadline, before it takes time from others."""
+    if run.work.deadline is None or not run.agent.shed or not run.journal.fresh:
+        return False
+    left = run.work.deadline - time.time()
+    typical = replica.paces.hopeless(skill.id, left)
+    if not typical:
+        return False
+    text = f"not begun: {max(0.0, left):.3g} s are left to its deadline, and {skill.id} typically takes {typical:.3g} s"
+    await _end(replica, run, State.FAILED, text)
+    return True
 
 
 async def _turns(replica: Owner, run: Run, turns: Turns) -> None:
@@ -152,11 +194,10 @@ async def _turn_failed(replica: Owner, run: Run, turns: Turns, *, error: Excepti
         _settle(replica, run)
     elif isinstance(error, A2AError) and run.stop is None:
         log.info("task %s: the agent raised %s: %s", run.task_id, error.reason, error)
-        await run.cancel_children(error.message)
-        await run.finish(State.FAILED, a2a.parts_of(error.message), error=error)
+        await ending.conclude(run, End(State.FAILED, error.message, reason=error.reason), error=error)
         replica.counters.failed += 1
         _settle(replica, run)
-    elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail) or _late(run, error):
+    elif turns.retry or run.stop is not None or isinstance(error, Reject | Fail | DeadlockError) or _late(run, error):
         await _failed(replica, run, error)
         if _late(run, error) and run.conversation is not None:
             await run.conversation.over(run.agent.cancel_grace)
@@ -221,7 +262,7 @@ async def _completed(replica: Owner, run: Run, *, skill: Skill, result: Any) -> 
         parts = [_to_proto(part) for part in _parts(result)]
     except UsageError as error:
         wrong = InvalidAgentResponse(f"the handler returned {type(result).__name__}, which is no result: {error}")
-        await run.finish(State.FAILED, a2a.parts_of(wrong.message), error=wrong)
+        await ending.conclude(run, End(State.FAILED, wrong.message, reason=wrong.reason), error=wrong)
         _settle(replica, run)
         return
     if skill.answer == "message":
@@ -255,8 +296,7 @@ def _to_proto(part: Part) -> pb.Part:
 
 
 async def _end(replica: Owner, run: Run, state: State, text: str) -> None:
-    await run.cancel_children(text)
-    await run.finish(state, a2a.parts_of(text) if text else ())
+    await ending.conclude(run, End(state, text))
     replica.counters.failed += 1
     _settle(replica, run)
 
@@ -265,36 +305,38 @@ async def _raised(replica: Owner, run: Run, error: BaseException) -> None:
     """The handler raised: another attempt after a pause, or a dead letter when there are none left."""
     log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    final = isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded)
-    if final or run.tries >= run.agent.attempts:
+    if isinstance(error, DeadlockError) and not error.lasting and run.claim.gave_way < DEADLOCK.attempts:
+        await _gave_way(replica, run, error)
+        return
+    policy = run.agent.retry
+    if policy.ends(error) or run.tries >= policy.attempts:
         await _give_up(run, f"failed after {run.tries} of {run.agent.attempts} attempts: {text}", error=text)
         replica.counters.failed += 1
         _settle(replica, run)
         return
-    pause = PAUSES[min(run.tries - 1, len(PAUSES) - 1)]
-    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.tries} failed ({text}); again in {pause:g} s"))
+    pause = policy.pause(run.tries, error, random=random.random())
+    await run.status(State.WORKING, a2a.parts_of(f"attempt {run.tries} failed ({text}); again in {pause:.3g} s"))
     await run.log.settle()
+    for ack in run.deliveries:
+        replica.again(ack, pause)
+
+
+async def _gave_way(replica: Owner, run: Run, error: DeadlockError) -> None:
+    """The task was chosen to break a deadlock: it comes again after a pause, and this attempt does not count."""
+    times = run.claim.gave_way + 1
+    pause = DEADLOCK.pause(times, error, random=random.random())
+    await run.status(State.WORKING, a2a.parts_of(f"gave way in a deadlock ({error}); again in {pause:.3g} s"))
+    await run.log.settle()
+    run.log.closed = run.journal.closed = True
+    claim = replace(run.claim, state=HANDED_BACK, gave_way=times, at=time.time_ns() // 1_000_000)
+    await run.fence.write(claim)
     for ack in run.deliveries:
         replica.again(ack, pause)
 
 
 async def _give_up(run: Run, text: str, *, error: str) -> None:
     """Fail a task for good and leave a dead letter."""
-    letter = DeadLetter(
-        agent=run.work.agent,
-        task=run.task_id,
-        caller=run.work.caller,
-        reason=text,
-        error=error,
-        attempts=min(run.tries, run.agent.attempts),
-        replica=run.replica,
-        version=run.agent.version,
-        message=run.claim.message,
-        at=time.time_ns() // 1_000_000,
-    )
-    await run.journal.write(records.DEAD_LETTER_KEY, letter.encode())
-    await run.cancel_children(text)
-    await run.finish(State.FAILED, a2a.parts_of(text), dead=True)
+    await ending.conclude(run, End(State.FAILED, text, error=error))
 
 
 async def _stopped(replica: Owner, run: Run) -> None:
@@ -321,20 +363,18 @@ async def _stopped(replica: Owner, run: Run) -> None:
 
 
 async def _cancelled(replica: Owner, run: Run) -> None:
-    if not run.ended:
-        await run.cancel_children(run.stop_reason or "the parent was cancelled")
-        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason) if run.stop_reason else ())
+    await ending.conclude(run, End(State.CANCELED, run.stop_reason))
     _settle(replica, run)
 
 
 async def force_cancel(replica: Owner, run: Run) -> None:
     """End a task whose handler did not stop in time after its cancel. The handler can write nothing any more."""
-    if run.ended or replica.live.get(run.task_id) is not run:
+    if run.ended or run.concluding is not None or replica.live.get(run.task_id) is not run:
         return
     log.warning("task %s: the handler did not stop within %g s of its cancel", run.task_id, run.agent.cancel_grace)
     try:
-        await run.cancel_children(run.stop_reason or "the parent was cancelled")
-        await run.finish(State.CANCELED, a2a.parts_of(run.stop_reason or "cancelled; the handler did not stop in time"))
+        reason = run.stop_reason or "cancelled; the handler did not stop in time"
+        await ending.conclude(run, End(State.CANCELED, reason))
     except (Fenced, BrokerError) as error:
         log.warning("task %s could not be ended: %s", run.task_id, error)
         return
@@ -343,7 +383,7 @@ async def force_cancel(replica: Owner, run: Run) -> None:
 
 
 async def _suspended(replica: Owner, run: Run) -> None:
-    """The task waits for an answer: it leaves memory, its claim says what wakes it."""
+    """The task only waits: it leaves memory, its claim says what for."""
     await run.log.settle()
     work = run.work
     if not run.claim.waiting:  # else it was suspended before, and has the record
@@ -351,6 +391,7 @@ async def _suspended(replica: Owner, run: Run) -> None:
             work.raw, work.raw_headers, work.sequence, context=work.context_id, origin=run.claim.origin
         )
         await run.journal.write(records.MESSAGE_KEY, message.encode())
+    await run.remember_said()
     run.log.closed = run.journal.closed = True
     claim = replace(run.claim, state=SUSPENDED, waiting=run.waiting, delivery="", at=time.time_ns() // 1_000_000)
     await run.fence.write(claim)

@@ -8,6 +8,7 @@ has ended (the sender sees that by the sequence of the terminal event).
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -15,14 +16,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
+import msgpack
 from a2a.types import a2a_pb2 as pb
 
 from weft.core.broker import Delivered
 from weft.core.pull import Delivery
-from weft.host import execute, takeover
+from weft.host import ending, execute, takeover
 from weft.host.agent import Agent
 from weft.host.conversation import Conversation, TurnRecord
 from weft.host.owner import Owner
+from weft.host.rollback import End
 from weft.host.run import Awaited, Input, Run, Stop, Work, sequence_in, turn_key
 from weft.host.slots import SlotHold
 from weft_protocols import a2a, ids, records, subjects
@@ -36,11 +39,21 @@ log = logging.getLogger("weft.host")
 
 PATIENCE: Final = 120
 """Deliveries of a follow-up whose task is not there, about ten minutes, before it is dropped."""
+IN_ORDER: Final = 100 * PATIENCE
+"""The same where the task may be waiting for its turn, unclaimed: most of a day."""
 HAND_OVER: Final = 1.0
 """Seconds the owner has to take a delivery; then it comes again, perhaps to find a new owner."""
 LAST_WORD: Final = 1.0
 """Seconds for a turn that was stopped after its agent had the grace to cancel it."""
 TAKEN: Final = b"taken"
+
+
+class _Meant(enum.Enum):
+    """What a message is to a suspended task."""
+
+    ANSWER = "answer"
+    MESSAGE = "message"
+    NOTHING = "nothing"
 
 
 class Inputs:
@@ -54,20 +67,24 @@ class Inputs:
         replica = self._replica
         _, _, agent, _, caller, task_id = delivery.subject.split(".")
         values = h.parse(delivery.headers)
-        cancel = values.get("a2a-method", "") == "CancelTask"
+        method = values.get("a2a-method", "")
+        cancel, wake = method == "CancelTask", method == h.WAKE
         live = replica.live.get(task_id)
         if live is not None and live.work.caller == caller:
             self._give(live, delivery, values=values)
             return
         found = await takeover.last_claim(replica.broker, agent, task_id)
         if found is None or found[1].caller != caller:
+            if wake:
+                replica.settle(delivery.ack, b"+TERM nobody parked such a task")
+                return
             await self._unclaimed(delivery, values=values, cancel=cancel, expected=found)
             return
         token, claim = found
         event = await takeover.last_event(replica.broker, agent, task_id, caller=caller, origin=claim.origin)
         # Nobody owns a suspended task, nor one whose owner worked on this very delivery and lost it.
         unowned = claim.state == SUSPENDED or sequence_in(claim.delivery) == delivery.sequence
-        if takeover.ended(event):
+        if takeover.ended(event) or (wake and replica.agent.turns is not None):
             replica.settle(delivery.ack)
         elif not unowned:
             await self._hand_over(delivery, claim)
@@ -85,6 +102,11 @@ class Inputs:
             return
         if control.op == "drain":
             self._replica.stop()
+            return
+        if control.op == "ping":
+            return  # that it was heard at all is what the coordinator wanted to know
+        if (take := self._replica.controls.get(control.op)) is not None:
+            take(control, message)
             return
         if control.op != "input":
             log.warning("control message %r is unknown", control.op)
@@ -110,6 +132,11 @@ class Inputs:
                 return
         if run.ended or run.stop not in (None, Stop.CANCEL):
             replica.again(delivery.ack, 0.2)
+            return
+        if values.get("a2a-method", "") == h.WAKE:
+            # It came before the task had left: whoever is about to let it go looks again.
+            run.waits.touch()
+            replica.settle(delivery.ack)
             return
         if values.get("a2a-method", "") == "CancelTask":
             run.deliveries.append(delivery.ack)
@@ -161,7 +188,8 @@ class Inputs:
         # A claim on a message was checked against its id. One on a cancel was not: only the message's id overrules it.
         foreign = expected is not None and expected[1].message != 0
         proven = ids.task_id(caller, agent, values.get("weft-message-id", "")) == task_id
-        if foreign or delivery.times > PATIENCE:
+        patience = PATIENCE if replica.agent.ordering is None else IN_ORDER
+        if foreign or delivery.times > patience:
             replica.settle(delivery.ack, b"+TERM no such task of this caller")
             return
         if not cancel or (expected is not None and not proven):
@@ -187,8 +215,7 @@ class Inputs:
                 if run.agent.turns is not None and claim.waiting:
                     await Conversation(run, run.agent.turns).parted(reason, grace=run.agent.cancel_grace)
                 if not run.ended:
-                    await run.cancel_children(reason or "the parent was cancelled")
-                    await run.finish(State.CANCELED, a2a.parts_of(reason) if reason else ())
+                    await ending.conclude(run, End(State.CANCELED, reason))
                 for ack in run.deliveries:
                     self._replica.settle(ack)
 
@@ -244,16 +271,20 @@ class Inputs:
         return replica.read(subject, original.data, headers=original.headers, sequence=original.sequence)
 
     async def _resume(self, delivery: Delivery, *, claim: Claim, values: dict[str, str], expected: int) -> None:
-        """Run a suspended task again from the top; the message is the answer it waits for."""
+        """Run a suspended task again from the top, with the message that came for it unless it is only woken."""
         replica = self._replica
         agent, task_id = replica.agent.name, delivery.subject.rsplit(".", 1)[-1]
         stored = await replica.broker.last(STREAM, _step(agent, task_id, records.MESSAGE_KEY))
-        try:
-            request = _request(replica.agent, delivery, values, context=claim.context)
-        except A2AError as error:
-            await self._refuse_unowned(delivery, claim=_next(claim), values=values, expected=expected, error=error)
-            return
-        if stored is None or not await self._is_answer(delivery, request, claim=claim, task_id=task_id):
+        given, meant = None, _Meant.NOTHING
+        if values.get("a2a-method", "") != h.WAKE:
+            try:
+                request = _request(replica.agent, delivery, values, context=claim.context)
+            except A2AError as error:
+                await self._refuse_unowned(delivery, claim=_next(claim), values=values, expected=expected, error=error)
+                return
+            given = Input(delivery.sequence, request, delivery, values)
+            meant = await self._meant(given, claim=claim, task_id=task_id)
+        if stored is None or (given is not None and meant is _Meant.NOTHING):
             replica.settle(delivery.ack)
             return
         await replica.slots.acquire()
@@ -277,11 +308,17 @@ class Inputs:
             )
             token = await takeover.write_claim(replica.broker, agent, task_id=task_id, claim=held, expected=expected)
             run = replica.own(work, held, token=token, slot=slot, delivery=delivery.ack, fresh=False)
-            run.resumed = Input(delivery.sequence, request, delivery, values)
             try:
                 if replica.agent.turns is None:
                     await self._recall(run)
-                said = f"goes on with an answer, on replica {replica.id}" if claim.state == SUSPENDED else ""
+                    await run.recall_said()
+                if given is not None and meant is _Meant.ANSWER:
+                    run.resumed = given
+                elif given is not None and not run.knows(given.proto.message_id):
+                    run.inbox.append(given)
+                    run.history.append(given.proto)
+                how = "goes on with an answer" if run.resumed is not None else "goes on"
+                said = f"{how}, on replica {replica.id}" if claim.state == SUSPENDED else ""
                 if await replica.begin_again(run, said=said) is None:
                     return
             except BaseException:
@@ -292,23 +329,24 @@ class Inputs:
         finally:
             slot.end()
 
-    async def _is_answer(
-        self, delivery: Delivery, request: pb.SendMessageRequest, *, claim: Claim, task_id: str
-    ) -> bool:
-        """Whether a suspended task waits for this message: it was not answered before, and not sent before it asked."""
+    async def _meant(self, given: Input, *, claim: Claim, task_id: str) -> _Meant:
+        """What a message is to a suspended task: its answer, unless it was answered before or sent before it asked."""
         broker, agent = self._replica.broker, self._replica.agent.name
         awaited = Awaited.parse(claim.waiting)
         if awaited is None:
-            asked = await broker.last(STREAM, _step(agent, task_id, f"{claim.waiting}-asked"))
-            return asked is not None and delivery.sequence >= asked.seq
-        message_id = request.message.message_id
+            asked = await broker.last(STREAM, _step(agent, task_id, records.ASKING_KEY))
+            if asked is None or msgpack.unpackb(asked.data)["key"] != claim.waiting:
+                return _Meant.MESSAGE  # it waits for something else: the message comes in between
+            return _Meant.ANSWER if given.sequence >= asked.seq else _Meant.NOTHING
+        message_id = given.proto.message_id
         if ids.task_id(claim.caller, agent, message_id) == task_id:
-            return False  # the message that created it
+            return _Meant.NOTHING  # the message that created it
         if awaited.turn == 2:
-            return True
+            return _Meant.ANSWER
         stored = await broker.last(STREAM, _step(agent, task_id, turn_key(awaited.turn - 1)))
         before = TurnRecord.decode(stored.data) if stored is not None else None
-        return before is None or message_id not in (*before.known, before.request.message.message_id)
+        known = (*before.known, before.request.message.message_id) if before is not None else ()
+        return _Meant.NOTHING if message_id in known else _Meant.ANSWER
 
     async def _recall(self, run: Run) -> None:
         """The snapshot that the last interruption named."""

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from weft.core.broker import Broker, Stored, sequence_of
+from weft.host import held
 from weft.host.fence import Fence
 from weft_protocols import headers as h
 from weft_protocols import subjects
@@ -55,7 +56,13 @@ class Journal:
         """A key of the host's own, with its ordinal within the surrounding step."""
         return self._scoped(name, count=True)
 
+    @property
+    def used(self) -> int:
+        """How many keys this attempt has made: what would be done again if it gave up now."""
+        return sum(self._ordinals.values())
+
     def _scoped(self, name: str, *, count: bool) -> str:
+        held.check()
         surrounding = _SCOPE.get()
         base = f"{surrounding}{NESTED}{name}" if surrounding else name
         if not count:

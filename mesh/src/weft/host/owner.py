@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from weft.core.broker import Broker
+from weft.core.broker import Broker, Delivered
 from weft.host.agent import Agent
+from weft.host.pace import Paces
 from weft.host.run import Run, Work
 from weft.host.slots import SlotHold, Slots
-from weft_protocols.records import Claim
+from weft.host.waits import Observer
+from weft_protocols.records import Claim, Control
 
 
 @dataclass(slots=True)
@@ -53,8 +55,23 @@ class Owner(Protocol):
         ...
 
     @property
+    def observers(self) -> list[Observer]:
+        """Who is told of what its tasks wait for."""
+        ...
+
+    @property
+    def controls(self) -> dict[str, Callable[[Control, Delivered], None]]:
+        """Who takes a control message, by its `op`. Must not block."""
+        ...
+
+    @property
     def counters(self) -> Counters:
         """What it did so far."""
+        ...
+
+    @property
+    def paces(self) -> Paces:
+        """How long its agent's skills take."""
         ...
 
     @property

@@ -23,9 +23,11 @@ from weft.core import process
 from weft.core.broker import Broker
 from weft.core.config import load_settings
 from weft.core.supervise import Tasks
+from weft.host import progress
 from weft.host.agent import Agent
 from weft.host.loading import load_agent, load_bridge, load_executor
-from weft.host.replica import CLOSING, Replica
+from weft.host.replica import CLOSING, Replica, new_replica_id
+from weft_protocols import connections
 from weft_protocols.errors import BrokerError, InvalidConfig, TimedOut, Unavailable, Unreachable, WeftError
 from weft_protocols.resources import DURABILITY, Durability
 
@@ -104,9 +106,11 @@ async def serve(agent: Agent, *, grace: float | None = None, home: Path | None =
         )
     agent.describe()  # an input that has no schema is an error now, not when the first caller looks
     seconds = grace if grace is not None else float(os.environ.get("WEFT_GRACE", "30"))
-    broker = await Broker.connect(settings, name=f"agent {agent.name}", timeout=15.0)
+    replica_id = new_replica_id()
+    name = connections.of_replica(agent.name, replica_id)
+    broker = await Broker.connect(settings, name=name, timeout=15.0)
     try:
-        replica = Replica(agent, broker, durability=_durability())
+        replica = Replica(agent, broker, durability=_durability(), replica_id=replica_id)
         background = Tasks(f"process of {agent.name}")
         process.leave_when_told(replica.stop)
         background.start(_report(replica), name="report to the coordinator")
@@ -139,7 +143,9 @@ async def _report(replica: Replica) -> None:
         try:
             if not registered or replica.agent.card is not shown:
                 shown = replica.agent.card
-                _tell_superseded(replica, await _register(replica))
+                answer = await _register(replica)
+                replica.progress_within = float(answer.get("progress_within") or replica.agent.progress_within)
+                _tell_superseded(replica, answer)
             registered = await coordinator.heartbeat(replica.broker, replica.agent.name, _heartbeat(replica))
             refused = ""
         except (Unavailable, Unreachable, TimedOut) as error:
@@ -181,6 +187,8 @@ def _registration(replica: Replica) -> dict[str, Any]:
         "pid": os.getpid(),
         "host": platform.node(),
         "slots": replica.slots.total,
+        "weight": replica.agent.weight,
+        "cost": replica.agent.cost,
         "code_digest": code_digest(replica.agent),
     }
 
@@ -196,6 +204,7 @@ def _heartbeat(replica: Replica) -> dict[str, Any]:
         "failed": replica.counters.failed,
         "last_progress": int(max((run.last_progress for run in replica.live.values()), default=0) * 1000)
         or int(replica.counters.last_progress * 1000),
+        "stalled": progress.stalled(replica.live.values(), replica.progress_within, now=time.time()),
         "at": int(time.time() * 1000),
     }
 

@@ -18,34 +18,45 @@ from typing import Any, Final
 from a2a.types import a2a_pb2 as pb
 
 from weft.client.mesh import Mesh
-from weft.core.broker import Broker
+from weft.core.broker import Broker, Delivered
 from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
 from weft.host import execute, takeover
 from weft.host.agent import Agent
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
 from weft.host.inputs import Inputs
 from weft.host.journal import Journal
 from weft.host.log import EventLog
 from weft.host.owner import Counters
+from weft.host.pace import Paces
+from weft.host.parking import Parking
 from weft.host.run import Run, Stop, Work, sequence_in
+from weft.host.session import OPS, Session
 from weft.host.slots import SlotHold, Slots
 from weft.host.threads import Threads
+from weft.host.turn import Queue
+from weft.host.waits import Observer, Waits
 from weft_protocols import a2a, ids, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Conflict, Fenced, WeftError
-from weft_protocols.records import Claim
+from weft_protocols.records import Claim, Control
 from weft_protocols.resources import DURABILITY, STREAM, Durability
 from weft_protocols.states import State
 
 log = logging.getLogger("weft.host")
 
 INPUT_ROOM: Final = 64
-"""Follow-ups and cancels a replica takes at a time; they need no slot."""
+"""Follow-ups, cancels and wakes a replica asks for at a time; they need no slot."""
 LAST_WORDS: Final = 5.0
 """Seconds for handing back, and for handlers to end once they are stopped."""
 CLOSING: Final = 1.0
 """Seconds for handlers to end when there is nothing left to say."""
+
+
+def new_replica_id() -> str:
+    """An id for a replica in this process."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class Replica:
@@ -62,17 +73,31 @@ class Replica:
         self.agent = agent
         self.broker = broker
         self.mesh = Mesh(broker)
-        self.id = replica_id or f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.id = replica_id or new_replica_id()
         self.durability = durability or DURABILITY["laptop"]
         self.counters = Counters()
+        self.progress_within = agent.progress_within
+        """Seconds after which it reports a task in work that makes no progress."""
         self.live: dict[str, Run] = {}
         """Tasks this replica owns now."""
         self.draining = False
         """It takes no more work."""
         self.leaving = False
         """Its time to finish what runs is over: everything is handed back."""
+        self.observers: list[Observer] = []
+        """Told of what its tasks wait for."""
         self.slots = Slots(agent.concurrency, changed=self._want)
         self.inputs = Inputs(self)
+        self.circuits = Circuits(agent.breaker)
+        self.paces = Paces()
+        self.parking = Parking(self)
+        self.observers.append(self.parking)
+        self.queue = Queue(self)
+        self.session = Session(self, self.queue)
+        self.observers.append(self.session)
+        self.controls: dict[str, Callable[[Control, Delivered], None]] = {"turn": self.queue.told}
+        """Who takes a control message, by its `op`."""
+        self.controls.update(dict.fromkeys(OPS, self.session.on_control))
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")
@@ -88,7 +113,7 @@ class Replica:
         await self.broker.subscribe(subjects.ctl(self.agent.name, self.id), self.inputs.on_control)
         name = self.agent.name
         self._input = await PullLoop(
-            self.broker, stream=STREAM, consumer=subjects.consumer(name, "input"), handler=self._on_input
+            self.broker, stream=STREAM, consumer=subjects.consumer(name, "input"), handler=self._on_input, steady=True
         ).start()
         self._work = await PullLoop(
             self.broker, stream=STREAM, consumer=subjects.consumer(name, "work"), handler=self._on_work
@@ -126,8 +151,10 @@ class Replica:
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
+        self.queue.leave()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
+            waits = run.log.last_state.interrupted or run.waits.parkable
+            if waits and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True
@@ -152,6 +179,8 @@ class Replica:
         for loop in (self._work, self._input):
             if loop is not None:
                 await loop.stop()
+        self.parking.close()
+        self.queue.leave()
         for run in list(self.live.values()):
             run.interrupt(Stop.BROKEN, "the replica was closed")
         try:
@@ -235,7 +264,10 @@ class Replica:
             if work is None:
                 self.settle(delivery.ack, b"+TERM not a message of this binding")
                 return
-            run = await self._claim(work, delivery, slot=slot)
+            if self.agent.ordering is not None and work.task_id not in self.live:
+                run = await self._claim_in_turn(work, delivery, slot=slot)
+            else:
+                run = await self._claim(work, delivery, slot=slot)
             if run is not None:
                 await self.execute(run)
         finally:
@@ -257,7 +289,17 @@ class Replica:
             return None
         return Work(agent, task_id, caller, origin, slice_, request, values, data, headers or b"", sequence)
 
-    async def _claim(self, work: Work, delivery: Delivery, *, slot: SlotHold) -> Run | None:
+    async def _claim_in_turn(self, work: Work, delivery: Delivery, *, slot: SlotHold) -> Run | None:
+        """`_claim` once it is the task's turn in its context."""
+        queued = await self.queue.turn(work, delivery, slot=slot)
+        if queued is None:
+            return None
+        run = await self._claim(work, queued.delivery, slot=slot, waited=True)
+        if run is not None:
+            run.barred = queued.refusal
+        return run
+
+    async def _claim(self, work: Work, delivery: Delivery, *, slot: SlotHold, waited: bool = False) -> Run | None:
         """Own the task of a creating message; None where there is nothing (more) to do."""
         agent, task_id = self.agent.name, work.task_id
         wanted = self.new_claim(work, delivery.ack)
@@ -267,6 +309,13 @@ class Replica:
                 return self.own(work, wanted, token=token, slot=slot, delivery=delivery.ack)
             except Conflict:
                 log.debug("task %s was claimed before its first delivery here", task_id)
+                if waited:
+                    # It was cancelled while it waited; or another replica was faster, with a later delivery.
+                    event = await takeover.last_event(
+                        self.broker, agent, task_id, caller=work.caller, origin=work.origin
+                    )
+                    self.settle(delivery.ack, b"+ACK" if takeover.ended(event) else b"")
+                    return None
         live = self.live.get(task_id)
         if live is not None:
             self._adopt(live, delivery)
@@ -374,17 +423,24 @@ class Replica:
             slot=slot,
             settle=self.settle,
             threads=self.threads,
+            session=self.session,
+            circuits=self.circuits,
+            waits=Waits(work.task_id, observers=self.observers),
         )
         report.append(run.failed_write)
         run.deliveries.append(delivery)
         run.history.append(work.request.message)
         self.live[work.task_id] = run
+        self.queue.began(run)
         return run
 
     def disown(self, run: Run) -> None:
         """Stop owning a task; what was delivered for it and is not settled comes again."""
         if self.live.get(run.task_id) is run:
             del self.live[run.task_id]
+            self.parking.forget(run.task_id)
+            self.queue.ended(run)
+        self.session.end(run)
         for ack in run.deliveries:
             if ack in self._held:
                 self.again(ack, 0.2)

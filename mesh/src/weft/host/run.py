@@ -12,15 +12,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
 from weft.core import blobs
+from weft.host.circuits import Circuits
 from weft.host.fence import Fence
+from weft.host.held import Granting, Holding
 from weft.host.journal import Journal
 from weft.host.log import EventLog
+from weft.host.rollback import Rollback
 from weft.host.slots import SlotHold
+from weft.host.waits import Waits
 from weft_protocols import a2a, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2AError, BrokerError, Fenced
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 
 TURN_KEY: Final = "_turn"
+SAID_KEY: Final = "_note-said"
 
 
 def sequence_in(ack: str) -> int:
@@ -111,6 +117,8 @@ class Child:
     context: str
     message_id: str
     done: bool = False
+    left: bool = False
+    """Whether this task stopped waiting for it and cancelled it: a later attempt sends another one in its place."""
 
 
 @dataclass(slots=True)
@@ -179,9 +187,17 @@ class Run:
     """Acknowledges a delivery."""
     threads: Executor
     """Where synchronous handlers and steps run."""
+    session: Granting
+    """Where locks are asked for."""
+    waits: Waits
+    """What it waits for."""
+    circuits: Circuits
+    """Whom it may call."""
     parts: tuple[Part, ...] = ()
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
+    said: list[pb.Message] = field(default_factory=list)
+    """Messages that were no answers, from before the task was suspended."""
     known: set[str] = field(default_factory=set)
     """Ids of messages that earlier turns answered."""
     conversation: Told | None = None
@@ -196,15 +212,29 @@ class Run:
     listed: int = 0
     """How many of them are stored."""
     listing: asyncio.Lock | None = None
+    rollback: Rollback | None = None
+    """What would be undone, once that is known."""
+    concluding: asyncio.Lock | None = None
+    """Held while its end is being written; then no cancel changes it any more."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often it made each call, by the call's digest."""
+    named: WeakKeyDictionary[Any, str | tuple[Any, ...]] | None = None
+    """Journal key of each delegation that the handler holds, and the work of each `gather`."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a question waits for its answer: one at a time."""
     deliveries: list[str] = field(default_factory=list)
     """Acknowledgement subjects this run answers for; signed in progress while it runs."""
     resumed: Input | None = None
     waiting: str = ""
-    """Key of the question a suspended task waits on."""
+    """Key of what a suspended task waits on: of a question, if there is one."""
     asked: int = 0
-    """Stream sequence of that question's record: what was sent before it is no answer."""
-    busy: int = 0
-    """Steps, children and timers in progress: a task with any of them does not suspend."""
+    """Stream sequence up to which follow-ups are known to a suspended task: what was sent later wakes it."""
+    claimed: int = field(init=False)
+    """Sequence of the claim with which this attempt began; it may renew it."""
+    locks: list[Holding] = field(default_factory=list)
+    """Locks in whose blocks it is."""
+    barred: str = ""
+    """Why it must not begin."""
     stop: Stop | None = None
     stop_reason: str = ""
     cancel_sequence: int = 0
@@ -214,7 +244,12 @@ class Run:
     last_progress: float = field(default_factory=time.time)
     tokens: list[str] = field(default_factory=list)
     """Ids of bearer tokens that were issued to this attempt, and end with it."""
+    steps: dict[str, float] = field(default_factory=dict)
+    """Steps whose body runs, by key, and since when: unix seconds."""
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.claimed = self.fence.token
 
     @property
     def task_id(self) -> str:
@@ -236,11 +271,19 @@ class Run:
         """Stop the handler at its next await, or leave that to the caller; False if it is being stopped already."""
         if self.log.closed or (self.stop is not None and self.stop is not Stop.DRAIN):
             return False  # the event that ends the task is on its way already
+        if self.concluding is not None and stop is Stop.CANCEL:
+            return False  # it is being rolled back
         self.stop, self.stop_reason = stop, reason
         self.slot.leaving = True
         if self.runner is not None and at_once:
             self.runner.cancel(f"task {self.task_id}: {stop.value}")
         return True
+
+    def name(self, work: Any, what: str | tuple[Any, ...]) -> None:
+        """Remember what a coroutine that the handler gets stands for, as long as there is one."""
+        if self.named is None:
+            self.named = WeakKeyDictionary()
+        self.named[work] = what
 
     def give(self, given: Input) -> None:
         """Take a follow-up that was delivered for this task."""
@@ -253,6 +296,24 @@ class Run:
         """Whether a message of the caller is known already: it was delivered before, or is recorded."""
         return message_id in self.known or any(message.message_id == message_id for message in self.history)
 
+    async def remember_said(self) -> None:
+        """Store the messages that a suspension acknowledges and no answer records, so that they stay history."""
+        import msgpack
+
+        new = [given.proto for given in self.inbox if given.sequence <= self.asked]
+        if new:
+            self.said += new
+            await self.journal.replace(SAID_KEY, bytes(msgpack.packb([one.SerializeToString() for one in self.said])))
+
+    async def recall_said(self) -> None:
+        """Read them back."""
+        import msgpack
+
+        stored = await self.journal.read(SAID_KEY)
+        if stored is not None:
+            self.said = [pb.Message.FromString(one) for one in msgpack.unpackb(stored.data)]
+            self.history += self.said
+
     def recall(self, answer: pb.Message) -> None:
         """An answer that an earlier attempt recorded: should it be delivered again, it is history."""
         if not self.knows(answer.message_id):
@@ -260,12 +321,6 @@ class Run:
         for given in [given for given in self.inbox if given.proto.message_id == answer.message_id]:
             self.inbox.remove(given)
             self.consumed(given)
-
-    def rest(self) -> None:
-        """One step, child or timer is over: where it was the last, a waiting question may suspend the task."""
-        self.busy -= 1
-        if self.busy == 0:
-            self.arrived.set()
 
     def consumed(self, given: Input) -> None:
         """A follow-up is recorded: acknowledge it, unless its delivery is the work itself."""
@@ -338,14 +393,19 @@ class Run:
         return await self.log.post(event)
 
     async def finish(
-        self, state: State, parts: Sequence[Part] = (), *, error: A2AError | None = None, dead: bool = False
+        self,
+        state: State,
+        parts: Sequence[Part] = (),
+        *,
+        error: A2AError | None = None,
+        dead: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write the terminal event; returns when it is stored."""
         extra: dict[str, str] = {}
-        metadata: dict[str, Any] | None = None
         if error is not None:
             extra[h.ERROR] = error.reason
-            metadata = {"weft.error": {"reason": error.reason, **error.metadata}}
+            metadata = {**(metadata or {}), "weft.error": {"reason": error.reason, **error.metadata}}
             if error.violations:
                 metadata["weft.error"]["violations"] = {v.field: v.description for v in error.violations}
         if dead:
@@ -408,7 +468,9 @@ class Run:
         async with self.listing:
             if self.listed >= wanted:
                 return
-            listed = [[key, child.agent, child.context, child.message_id] for key, child in self.children.items()]
+            listed = [
+                [key, child.agent, child.context, child.message_id, child.left] for key, child in self.children.items()
+            ]
             await self.journal.replace(records.CHILDREN_KEY, bytes(msgpack.packb(listed)))
             self.listed = len(listed)
 
@@ -418,14 +480,21 @@ class Run:
 
         stored = await self.journal.read(records.CHILDREN_KEY)
         if stored is not None:
-            for task_id, agent, context, message_id in msgpack.unpackb(stored.data):
-                self.children.setdefault(task_id, Child(agent, context, message_id))
+            for task_id, agent, context, message_id, *left in msgpack.unpackb(stored.data):
+                self.children.setdefault(task_id, Child(agent, context, message_id, left=left == [True]))
 
     async def cancel_children(self, reason: str) -> None:
         """Send every unfinished child its cancel. The cancels are durable; nobody waits for their effect."""
         await self.recall_children()
         for task_id in list(self.children):
             await self.cancel_child(task_id, reason)
+
+    async def leave_child(self, task_id: str, reason: str) -> None:
+        """Stop waiting for a child for good: record that, then cancel it."""
+        self.children[task_id].left = True
+        self.listed = 0
+        await self.remember_children()
+        await self.cancel_child(task_id, reason)
 
     async def cancel_child(self, task_id: str, reason: str) -> None:
         """Send one child its cancel, unless it is done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -60,6 +61,8 @@ class SlotHold:
         self._slots = slots
         self._waits = 0
         self.held = True
+        self.since = time.time()
+        """Unix seconds since which it is held."""
         self._turn: asyncio.Lock | None = None
         self.leaving = False
         """The task is being stopped: what waits does not need the slot again."""
@@ -83,7 +86,7 @@ class SlotHold:
         async with self._turn:
             if not self.held:  # another wait of the task may have ended meanwhile, and have it
                 await self._slots.acquire()
-                self.held = True
+                self.held, self.since = True, time.time()
 
     def end(self) -> None:
         """The task is over: give the slot back if it is held."""

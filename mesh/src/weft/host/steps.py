@@ -9,31 +9,15 @@ import random
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
 from typing import Any
 
 from weft.host.journal import scope
+from weft.host.retry import RetryPolicy, StepOptions
 from weft.host.run import Run
 from weft_protocols import ids
-from weft_protocols.errors import DeadlineExceeded, WeftError
+from weft_protocols.errors import DeadlineExceeded
 
 _KEY: ContextVar[str] = ContextVar("weft_idempotency_key", default="")
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """How a step is tried."""
-
-    retries: int = 0
-    """Further tries of the body after it raised, within one attempt of the task."""
-    timeout: float | None = None
-    """Seconds one try may take."""
-    backoff: float = 0.5
-    """Seconds before the second try; doubled for each further one, with jitter."""
-    max_backoff: float = 30.0
-    """Seconds, the longest pause between tries."""
-    final: tuple[type[BaseException], ...] = ()
-    """Errors that another try cannot help."""
 
 
 def current_idempotency_key() -> str:
@@ -47,7 +31,7 @@ async def try_step(
     *,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    options: StepOptions,
+    policy: RetryPolicy,
     run: Run,
 ) -> tuple[Any, int]:
     """The result of a step's body and how many tries it took."""
@@ -57,20 +41,20 @@ async def try_step(
     token = _KEY.set(idempotency_key)
     try:
         with scope(key):
-            for attempt in range(options.retries + 1):
-                limit = asyncio.timeout(options.timeout)
+            for tries in range(1, policy.attempts + 1):
+                limit = asyncio.timeout(policy.timeout)
                 try:
                     async with limit:
-                        return await call(fn, args, kwargs, threads=run.threads), attempt + 1
+                        return await call(fn, args, kwargs, threads=run.threads), tries
                 except Exception as error:
                     late = isinstance(error, TimeoutError) and limit.expired()
-                    if late and attempt == options.retries:
-                        raise DeadlineExceeded(f"step {key!r} took longer than {options.timeout:g} s") from error
-                    if not late and (attempt == options.retries or _is_final(error, options)):
+                    if late and tries == policy.attempts:
+                        raise DeadlineExceeded(f"step {key!r} took longer than {policy.timeout:g} s") from error
+                    if not late and (tries == policy.attempts or policy.ends(error)):
                         raise
+                    pause = policy.pause(tries, error, random=random.random())
                 run.journal.rewind(key)
-                pause = min(options.max_backoff, options.backoff * 2**attempt)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                await asyncio.sleep(pause)
     finally:
         _KEY.reset(token)
     raise AssertionError("unreachable: the last try returns or raises")
@@ -81,13 +65,6 @@ def _takes_key(fn: Callable[..., Any]) -> bool:
         return "idempotency_key" in inspect.signature(fn).parameters
     except (ValueError, TypeError):
         return False  # a builtin without a signature
-
-
-def _is_final(error: Exception, options: StepOptions) -> bool:
-    """Whether another try cannot help."""
-    if isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded):
-        return True
-    return isinstance(error, options.final)
 
 
 async def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, threads: Executor) -> Any:
@@ -105,3 +82,6 @@ async def _contained(work: Awaitable[Any]) -> Any:
         return await work
     except SystemExit as error:
         raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error
+
+
+__all__ = ["StepOptions", "call", "current_idempotency_key", "try_step"]

@@ -108,7 +108,8 @@ async def take_over(broker: Broker, agent: str, *, task_id: str, wanted: Claim) 
         if before is not None and before.caller == wanted.caller:
             # Only work that was begun and not finished counts: hand-backs and suspensions are nobody's failure.
             attempt = before.attempt + 1 if before.state == HELD else before.attempt
-            claim = replace(wanted, origin=before.origin, attempt=attempt, message=before.message or wanted.message)
+            message = before.message or wanted.message
+            claim = replace(wanted, origin=before.origin, attempt=attempt, message=message, gave_way=before.gave_way)
         claim = replace(claim, state=HELD, at=time.time_ns() // 1_000_000)
         try:
             token = await write_claim(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
-from weft.host import values
+from weft.host import held, progress, values
 from weft.host.delegation import Delegating
+from weft.host.locking import Locking
+from weft.host.retry import ONCE, RetryPolicy
 from weft.host.run import Run
-from weft.host.steps import StepOptions, try_step
+from weft.host.saga import Undoing
+from weft.host.steps import try_step
 from weft.host.tools import Tools
 from weft.host.waiting import Waiting
 from weft_protocols import a2a
@@ -24,7 +27,7 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Waiting):
+class Task(Delegating, Locking, Undoing, Waiting):
     """A task, as its handler sees it.
 
     Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from
@@ -106,6 +109,7 @@ class Task(Delegating, Waiting):
 
     async def update(self, message: Any = None, **metadata: Any) -> None:
         """Tell the caller how it goes: a `working` status with a message and metadata."""
+        held.check()
         parts = a2a.parts_of(message) if message is not None else ()
         await self._run.status(State.WORKING, parts, metadata=metadata or None)
 
@@ -123,6 +127,7 @@ class Task(Delegating, Waiting):
         `content` is text, bytes, a part, several parts, any JSON value, or an async iterable of text or bytes,
         which is streamed: each item leaves as a chunk of its own. The same name again replaces the artifact.
         """
+        held.check()
         key = artifact_id or str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.id}/{name}"))
         if isinstance(content, AsyncIterable):
             await self._stream(key, name, chunks=content, media_type=media_type, description=description)
@@ -148,25 +153,27 @@ class Task(Delegating, Waiting):
 
     # What is recorded --------------------------------------------------------------------------
 
-    async def step(
+    def step(
         self,
         key: str,
         fn: Callable[..., Any],
         *args: Any,
-        step_options: StepOptions | None = None,
+        step_options: RetryPolicy | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """Run `fn` once, as far as the record goes, and return its result; after a crash the recorded one.
 
         The result must be JSON values, bytes, dataclasses or pydantic models; with a return annotation it comes
         back as that type. A parameter named `idempotency_key` gets the step's key for outside systems. Called
-        twice with one key, the second is `key#1`, and so on; synchronous functions run in a thread.
+        twice with one key, the second is `key#1`, and so on; synchronous functions run in a thread. `step_options`
+        says how often the body is tried, by default once.
 
         Raises:
             StepChanged: the step is recorded with another input.
             DeadlineExceeded: a try took longer than its timeout, and no tries are left.
         """
-        return await self._step(self._run.journal.key(key), fn, args=args, kwargs=kwargs, options=step_options)
+        # The key is taken now, not when it is awaited: it must not depend on what runs first, or at all.
+        return self._step(self._run.journal.key(key), fn, args=args, kwargs=kwargs, policy=step_options or ONCE)
 
     async def _step(
         self,
@@ -175,7 +182,7 @@ class Task(Delegating, Waiting):
         *,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        options: StepOptions | None,
+        policy: RetryPolicy,
     ) -> Any:
         run = self._run
         returns = values.returns(fn)
@@ -184,11 +191,8 @@ class Task(Delegating, Waiting):
         if stored is not None:
             return await self._recorded(StepRecord.decode(stored.data), digest=digest, returns=returns)
         started = time.monotonic()
-        run.busy += 1
-        try:
-            result, tries = await try_step(key, fn, args=args, kwargs=kwargs, options=options or StepOptions(), run=run)
-        finally:
-            run.rest()
+        with run.waits.working(), progress.step(run, key):
+            result, tries = await try_step(key, fn, args=args, kwargs=kwargs, policy=policy, run=run)
         value = values.encode(result, where=f"step {key!r}")
         if len(value) > blobs.LIMIT:
             value = values.encode({"weft.blob": (await blobs.put(run.mesh.broker, value)).url}, where=key)

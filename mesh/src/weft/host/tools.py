@@ -163,11 +163,8 @@ class Tools:
             if name == "notifications/progress" and progress is not None:
                 progress(float(told.get("progress", 0)), told.get("total"), str(told.get("message", "")))
 
-        run.busy += 1
-        try:
+        with run.waits.working():
             result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
-        finally:
-            run.rest()
         run.last_progress = time.time()
         return result
 

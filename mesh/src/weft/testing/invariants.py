@@ -7,7 +7,8 @@ Of every task:
 3. No event and no step record is stored after the terminal event.
 4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
    takeover, where the old owner's last events were lost.
-5. A step key has one record, those aside whose last one counts (the list of children, an agent's notes).
+5. A step key has one record, those aside whose last one counts (the list of children, the question that
+   waits, the agent a delegation goes to, what is to be rolled back, an agent's notes).
 6. Every event and step was written by the owner: under the claim that was the last one when it was stored. Two
    kinds of events expect the event before them instead, which shows that nobody wrote since: `working` at the
    beginning of a later attempt, by a replica that had claimed, and what is sent again after its own claim was
@@ -41,11 +42,14 @@ from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidName, WeftError
 from weft_protocols.events import read_stored
-from weft_protocols.records import CHILDREN_KEY, HELD, Claim
+from weft_protocols.records import ASKING_KEY, CHILDREN_KEY, HELD, ROLLBACK_KEY, ROUTE_KEY, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, END_LABELS, MESSAGE, State, may_follow
 
-NOTE_KEY: Final = "_note-"
+LAST_COUNTS: Final = (CHILDREN_KEY, ASKING_KEY, ROLLBACK_KEY)
+"""Step keys whose last record counts."""
+LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-")
+"""How further such keys begin."""
 PAGE: Final = 500
 """Messages read at a time."""
 PATIENCE: Final = 10.0
@@ -288,7 +292,7 @@ def _numbered(task: _Task) -> Iterable[tuple[int, str]]:
 
 def _steps_once(task: _Task) -> Iterable[tuple[int, str]]:
     for key, records in task.steps.items():
-        if len(records) > 1 and key != CHILDREN_KEY and not key.startswith(NOTE_KEY):
+        if len(records) > 1 and key not in LAST_COUNTS and not key.startswith(LAST_OF_MANY):
             yield 5, f"step {key} has {len(records)} records, at {[record.seq for record in records]}"
 
 

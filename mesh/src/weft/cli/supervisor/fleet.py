@@ -12,11 +12,13 @@ from typing import Final
 from weft.cli.errors import NotFound
 from weft.cli.supervisor.brokerunit import BrokerUnit
 from weft.cli.supervisor.control import Tell
+from weft.cli.supervisor.coordinators import COORDINATOR, Coordinators
 from weft.cli.supervisor.process import Process, ProcessSpec, Surroundings
 from weft.cli.supervisor.unit import State, Unit
 from weft.core import toolsconf
 from weft.core.broker import Broker
 from weft.core.config import CONFIG_NAME, AgentConfig, MeshConfig, did_you_mean, load_mesh_config
+from weft.core.coordconf import MOST_COORDINATORS
 from weft.core.gatewayconf import INSTALL, missing_modules
 from weft.core.home import GatewayRecord, Home
 from weft.core.server import EmbeddedServer
@@ -25,7 +27,6 @@ from weft.core.topology import reconcile
 from weft_protocols.errors import UsageError, WeftError
 from weft_protocols.resources import topology
 
-COORDINATOR: Final = "coordinator"
 GATEWAY: Final = "gateway"
 SIDECAR: Final = "sidecar"
 COORDINATOR_WITHIN: Final = 20.0
@@ -84,7 +85,7 @@ class Fleet:
         self._changes = asyncio.Lock()
         self._closing = False
         self._broker = BrokerUnit(self._server(), around, prepare=self._apply_topology)
-        self._coordinator = self._make_coordinator()
+        self._coordinators = Coordinators(self._make_coordinator, self._run, drain=self._drain, ready=self._until_ready)
         self._gateway: Process | None = None
         self._sidecar: Process | None = None
         self._tools = 0
@@ -96,7 +97,7 @@ class Fleet:
         """Start the broker, raising what is wrong with it, and have everything else start when it can."""
         await self._broker.begin()
         self._group.create_task(self._broker.run())
-        self._group.create_task(self._coordinator.run())
+        self._coordinators.begin(self._config.coordinator.replicas)
         self._sidecar = self._begin_sidecar()
         self._gateway = self._begin_gateway()
         for agent in self._config.agents.values():
@@ -116,7 +117,7 @@ class Fleet:
     @property
     def units(self) -> list[Unit]:
         """Every process, in the order in which they are shown."""
-        return [self._broker, self._coordinator, *self._borders(), *self._agents()]
+        return [self._broker, *self._coordinators.processes, *self._borders(), *self._agents()]
 
     @property
     def addresses(self) -> GatewayRecord | None:
@@ -142,7 +143,7 @@ class Fleet:
             self._say("draining the agents")
         await self._drain([*agents, *([self._gateway] if self._gateway is not None else ())])
         await self._drain([*([self._sidecar] if self._sidecar is not None else ())])
-        await self._drain([self._coordinator])
+        await self._drain(self._coordinators.processes)
         await self._broker.stop()
         await self._broker.reaches(State.STOPPED, timeout=2 * self._timing.margin)
 
@@ -177,6 +178,8 @@ class Fleet:
     async def scale(self, name: str, replicas: int, tell: Tell) -> list[str]:
         """Start or drain replicas until there are so many. Returns the names that remain."""
         async with self._changes:
+            if name == COORDINATOR:
+                return await self._scale_coordinator(replicas, tell)
             if name not in self._replicas:
                 raise self._unknown(name, self._replicas)
             if not 0 <= replicas <= MOST_REPLICAS:
@@ -235,12 +238,12 @@ class Fleet:
             await server.declare(agents=agents, callers=callers)
             await self._apply_topology()
 
-    def _make_coordinator(self) -> Process:
+    def _make_coordinator(self, name: str) -> Process:
         spec = ProcessSpec(
-            COORDINATOR,
+            name,
             COORDINATOR,
             (sys.executable, "-m", "weft_coordinator.service"),
-            self._environment(COORDINATOR),
+            self._environment(COORDINATOR, self._config.coordinator.environment),
             self._config.folder,
             ready_within=self._timing.ready_within,
             grace=self._timing.coordinator_grace,
@@ -319,7 +322,7 @@ class Fleet:
             nonlocal first
             await self._broker_ready()
             if first:
-                await self._coordinator.reaches(State.READY, State.FAILED, timeout=COORDINATOR_WITHIN)
+                await self._coordinators.any_ready(COORDINATOR_WITHIN)
             first = False
 
         process = Process(spec, self._around, may_start=may_start)
@@ -349,6 +352,9 @@ class Fleet:
             return await self._restart_agent(name, before, tell)
         if name == COORDINATOR:
             return await self._restart_coordinator(tell)
+        if name in self._coordinators.names:
+            await self._coordinators.restart([name], tell)
+            return [name]
         if name == GATEWAY and (self._gateway is not None or self._config.gateway.enabled):
             return await self._restart_gateway(tell)
         if name == SIDECAR and (self._sidecar is not None or self._tools):
@@ -414,13 +420,18 @@ class Fleet:
         tell(f"{process.name} is ready (pid {process.pid})")
 
     async def _restart_coordinator(self, tell: Tell) -> list[str]:
-        old = self._coordinator
-        old.stop()
-        await old.reaches(State.STOPPED, timeout=old.spec.grace + self._timing.margin)
-        self._coordinator = self._make_coordinator()
-        self._run(self._coordinator)
-        await self._until_ready(self._coordinator, tell)
-        return [COORDINATOR]
+        """One after the other, and as many as `mesh.yaml` says now."""
+        wanted = self._config.coordinator.replicas
+        before = self._coordinators.names[:wanted]
+        await self._coordinators.scale(wanted, tell)
+        await self._coordinators.restart(before, tell)
+        return self._coordinators.names
+
+    async def _scale_coordinator(self, replicas: int, tell: Tell) -> list[str]:
+        if not 1 <= replicas <= MOST_COORDINATORS:
+            raise UsageError(f"{replicas} coordinators is out of range: use 1 to {MOST_COORDINATORS}")
+        await self._coordinators.scale(replicas, tell)
+        return self._coordinators.names
 
     async def _restart_gateway(self, tell: Tell) -> list[str]:
         """End the old one first: it has the ports. What it followed can be resubscribed at the new one."""
