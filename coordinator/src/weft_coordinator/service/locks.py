@@ -32,6 +32,8 @@ LATE: Final = 1.0
 """Seconds a timer may be late before it is taken for this process's own fault: nobody loses a lease by that."""
 RESYNC_AFTER: Final = 0.1
 """Seconds after the begin of a reign at which replicas are asked to tell what they hold."""
+MAX_OF_TASK: Final = 1_000
+"""Requests of one task."""
 MAX_LISTED: Final = 10_000
 """Requests a session may name."""
 MAX_SHOWN: Final = 3_000
@@ -55,10 +57,13 @@ class LockPart(Part):
         self._locks = shared.locks
         self._detector = detector
         self._find = shared.find
+        self._ancestors = shared.ancestors
         self._tail = shared.tail
         self._speaker = shared.speaker
         self._clock = shared.clock
         self._sessions: dict[Key, _Session] = {}
+        self._new = True
+        """Whether this coordinator just began to lead."""
         self._looking: dict[Key, Ask] = {}
         """Requests whose task is not in the index yet, by (agent, request)."""
         self._tasks = Tasks("requests for locks", on_error=lambda _: None)
@@ -79,6 +84,7 @@ class LockPart(Part):
     async def lead(self) -> None:
         """Give every session a whole lease, and have it tell what it holds."""
         self._forget()
+        self._new = True
         now = self._clock()
         keys = self._locks.sessions()
         for key in keys:
@@ -107,7 +113,10 @@ class LockPart(Part):
         await self._tasks.aclose()
 
     async def tick(self, now: int) -> None:
-        """Free what is held by tasks whose end was not noticed: it was read before this coordinator led."""
+        """Once: free what is held by tasks whose end was read before this coordinator led."""
+        if not self._new:
+            return
+        self._new = False
         held = {(r.agent, r.task) for key in self._locks.sessions() for r in self._locks.session(*key)}
         ended = [task for agent, task in held if (entry := self._find(agent, task)) is not None and entry.ended]
         if ended:
@@ -215,6 +224,8 @@ class LockPart(Part):
     def _request(self, ask: Ask, entry: Entry, answer: Answer, *, once: bool) -> None:
         if entry.ended:
             raise Fenced(f"task {ask.task} has ended: no lock is held for it")
+        if len(self._locks.of_task(ask.task)) > MAX_OF_TASK:
+            raise InvalidParams(f"task {ask.task} holds or waits for {MAX_OF_TASK} locks already: give some back")
         key, lease = (ask.agent, ask.replica), ask.lease or LEASE
         ancestors = self._ancestors(entry) if ask.reentrant else ()
         waiting: list[Request] = []
@@ -234,15 +245,6 @@ class LockPart(Part):
                 self.decide(lambda: self._locks.release(ask.agent, ask.request, claim=ask.claim))
             else:
                 self._detector.queued(request)
-
-    def _ancestors(self, entry: Entry) -> tuple[str, ...]:
-        """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
-        found: list[str] = []
-        above: Entry | None = entry
-        while above is not None and above.parent is not None and above.parent[1] not in found:
-            found.append(above.parent[1])
-            above = self._find(*above.parent)
-        return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
         fields = Fields(body)

@@ -238,7 +238,8 @@ class Session:
             # The lease runs at least from the last request the coordinator answered; when it granted is not known.
             lock.grant(int(told["token"]), float(told["lease"]), lock.confirmed)
         elif state == "deadlock" and waits and lock.outcome is not None:
-            lock.outcome.set_exception(DeadlockError(cycle=_cycle(told["cycle"])))
+            error = DeadlockError(cycle=_cycle(told["cycle"]), lasting=told.get("lasting") is True)
+            lock.outcome.set_exception(error)
             lock.outcome.exception()
         elif state == "lost":
             self._lost(lock, str(told.get("reason", "")))
