@@ -29,6 +29,7 @@
     ├── CircuitOpen                 calls to an agent fail, so none is made for now    (retryable)
     ├── Fail, Reject                raised by a handler: end the task as failed or rejected
     ├── AgentNotFound               no agent of that name on this mesh
+    ├── PolicyNotFound              no policy of that version
     └── Unavailable                 a part of the mesh needed for this is not running
 
 Whether trying again can help is the type: `retryable`. `exit_code` is what `mesh` ends with.
@@ -195,6 +196,12 @@ class CircuitOpen(WeftError):
 
 class AgentNotFound(WeftError):
     """No agent of that name is on this mesh. HTTP has 404 for it."""
+
+    exit_code = 5
+
+
+class PolicyNotFound(WeftError):
+    """No policy of that version is stored."""
 
     exit_code = 5
 

@@ -38,6 +38,21 @@ ARCHIVED: Final = "mesh.archived"
 """Subject of the sequence in `MESH` up to which messages may have left it: they are in the coordinators' files."""
 DUE_CONSUMER: Final = "due"
 """The consumer through which the leader starts scheduled tasks."""
+POLICY: Final = "MESH_POLICY"
+"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
+POLICY_VERSIONS: Final = "mesh.policy.version"
+"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
+POLICY_STATE: Final = "mesh.policy.state"
+"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
+POLICY_SEEN: Final = "mesh.policy.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
+POLICY_CHANGES: Final = "mesh.policychange"
+"""Prefix under which the broker republishes what decides once it is stored."""
+RATES: Final = "MESH_RATES"
+"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
+RATE_PREFIX: Final = "mesh.rate"
+RATE_KEEP: Final = 31 * 86_400.0
+"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -182,6 +197,14 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             schedules=True,
         ),
         StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
+        StreamSpec(
+            POLICY,
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_per_subject=1000,
+            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+        ),
+        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
         StreamSpec(
             PUSH,
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),

@@ -9,7 +9,7 @@
 | array of one of these, or of objects | `Set` of it |
 | object with properties, up to four levels | a record; properties that are not declared are not seen |
 | null beside one of these | the same, and absent where it is null |
-| anything else: no type, several types, an object without properties, an array of anything | `String`: a text as it is, every other value as canonical JSON |
+| anything else: no type, several types, an object without properties | `String`: a text as it is, else canonical JSON |
 """
 
 from __future__ import annotations
@@ -65,7 +65,12 @@ class Kind:
 
 
 TEXT: Final = Kind("Text")
-_SCALARS: Final = {"string": Kind("String"), "boolean": Kind("Bool"), "integer": Kind("Long"), "number": Kind("decimal")}
+_SCALARS: Final = {
+    "string": Kind("String"),
+    "boolean": Kind("Bool"),
+    "integer": Kind("Long"),
+    "number": Kind("decimal"),
+}
 
 
 def quoted(text: str) -> str:
@@ -155,7 +160,9 @@ class _Reader:
 
 
 def _is_null(schema: Any) -> bool:
-    return isinstance(schema, dict) and (schema.get("type") == "null" or ("const" in schema and schema["const"] is None))
+    return isinstance(schema, dict) and (
+        schema.get("type") == "null" or ("const" in schema and schema["const"] is None)
+    )
 
 
 def _implied(schema: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +41,8 @@ class _Ready:
     rules: Mapping[str, Rule]
     policies: PolicySet
     reads: Reads
+    owed: dict[tuple[str, ...], Obligations] = field(default_factory=dict)
+    """What the permits that decide together oblige to, once it was asked."""
 
 
 @dataclass(slots=True)
@@ -151,7 +153,9 @@ class CedarEngine:
             allow = not any(rule.effect == "forbid" for rule in rules)
         owed = obligations.NOTHING
         if allow:
-            owed = obligations.fill(obligations.combine(rule.notes.obligations for rule in rules), request)
+            if answer.reasons not in ready.owed:
+                ready.owed[answer.reasons] = obligations.combine(rule.notes.obligations for rule in rules)
+            owed = obligations.fill(ready.owed[answer.reasons], request)
         messages = tuple(rule.notes.reason for rule in rules if rule.notes.reason) if not allow else ()
         return Decision(allow, answer.reasons, owed, messages=messages, version=self.version)
 
@@ -280,5 +284,3 @@ _CONTEXT: Final[dict[str, Callable[[Request], Any]]] = {
     "front": lambda request: request.front,
 }
 """How each attribute of the context is made; see `schema.CONTEXT`."""
-
-__all__ = ["CannotEvaluate", "CedarEngine", "Obligations"]

@@ -60,7 +60,9 @@ def entities(rule: Mapping[str, Any]) -> Iterator[Uid]:
 
 def reads(rule: Mapping[str, Any]) -> Reads:
     """What a rule needs to know."""
-    attributes, arguments, everything = set(), set(), False
+    attributes: set[str] = set()
+    arguments: set[str] = set()
+    everything = False
     for access in accesses(rule):
         if access.path == CONTEXT:
             attributes.add("*")
@@ -90,8 +92,10 @@ def applies(scope: Mapping[str, Any], uid: Uid, ancestors: Collection[Uid] = ())
 
 
 def at_best(rule: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A rule as it stands if the context is as good as can be: what a permit asks of it is met, and a forbid that asks
-    anything of it is not (None)."""
+    """A rule as it stands if the context is as good as can be; None if it then does not apply.
+
+    What a permit asks of the context is met, and a forbid that asks anything of it is not.
+    """
     if rule["effect"] == "forbid":
         return None if any(_of_context(one["body"]) for one in rule["conditions"]) else dict(rule)
     kept = []

@@ -13,7 +13,7 @@ ENTITY: Final = {"call": "Tool", "get": "Prompt", "read": "Resource", "list": "S
 SANDBOXES: Final = ("none", "rlimits", "bubblewrap", "sandlock")
 """Levels of isolation, the weakest first."""
 SCOPES: Final = ("pair", "agent", "tool", "rule")
-"""Whose calls a limit counts together: of one agent to one tool, of an agent, to a tool, or all that the rule allows."""
+"""Whose calls a limit counts together: an agent's to one tool, an agent's, those to a tool, or all by that rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +172,15 @@ class Decision:
 
     def encode(self) -> dict[str, Any]:
         """JSON for records, without what is empty."""
-        made: dict[str, Any] = {"decision": "allow" if self.allow else "deny", "reasons": list(self.reasons)}
-        for key, value in (
-            ("obligations", self.obligations.encode()),
-            ("errors", list(self.errors)),
-            ("messages", list(self.messages)),
-            ("shadow", self.shadow.encode() if self.shadow is not None else None),
-            ("version", self.version),
-        ):
-            if value:
-                made[key] = value
-        return made
+        parts = {
+            "obligations": self.obligations.encode(),
+            "errors": list(self.errors),
+            "messages": list(self.messages),
+            "shadow": self.shadow.encode() if self.shadow is not None else None,
+            "version": self.version,
+        }
+        said = {key: value for key, value in parts.items() if value}
+        return {"decision": "allow" if self.allow else "deny", "reasons": list(self.reasons), **said}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from weft.policy.model import SANDBOXES, SCOPES, Approval, Limit, Obligations, Request
+from weft.policy.patterns import CLASSES
 from weft.policy.problems import suggestion
 
-CLASSES: Final = ("secrets", "pii")
-"""What `@redact` can name; see `weft.policy.redaction`."""
 UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+LONGEST: Final = 30 * 86_400.0
+"""Seconds that a limit counts over at most."""
 _LIMIT: Final = re.compile(r"(\d{1,9})/(\d{1,6})?([smhd])(?: burst (\d{1,9}))?(?: per (\w+))?")
 _COST: Final = re.compile(r"([a-z][a-z0-9_-]{0,31}):(\d{1,12}(?:\.\d{1,9})?)")
 _ROLE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -58,8 +59,11 @@ def read(policy: str, effect: str, annotations: Mapping[str, str | None]) -> tup
 
 
 def combine(several: Iterable[Obligations]) -> Obligations:
-    """The strictest of all: every role with its highest count, every limit, the highest cost of each unit, everything
-    that is to be redacted, the strongest sandbox, every lock, and side effects if any says so."""
+    """The strictest of all.
+
+    Every role with its highest count, every limit, the highest cost of each unit, all that is to be redacted, the
+    strongest sandbox, every lock, and side effects if any says so.
+    """
     found = [one for one in several if one is not NOTHING]
     if not found:
         return NOTHING
@@ -141,6 +145,8 @@ def _limit(made: Obligations, policy: str, text: str) -> Obligations:
         burst, per = int(match[4] or calls), match[5] or "pair"
         if per not in SCOPES:
             raise ValueError(f"{per!r} is none of {', '.join(SCOPES)}{suggestion(per, SCOPES)}")
+        if seconds > LONGEST:
+            raise ValueError(f"{part.strip()!r} counts over more than {LONGEST / UNITS['d']:.0f} days")
         if not calls or not burst or not seconds:
             raise ValueError(f"{part.strip()!r} would allow nothing; a forbid says that")
         limits.append(Limit(policy, calls, seconds, burst, per))

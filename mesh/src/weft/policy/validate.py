@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from weft.policy import cedar, obligations, schema
 from weft.policy.catalog import Catalog, Offer
@@ -17,7 +17,8 @@ from weft.policy.rules import Rule
 _MISSING: Final = re.compile(r'attribute `(?:context\.)?args\.([^`]+)` in context for Action::"(.+)" not found')
 _UNKNOWN: Final = re.compile(r'attribute `([^`]+)` in context for Action::"(.+)" not found')
 _OPTIONAL: Final = re.compile(
-    r'unable to guarantee safety of access to optional attribute `(?:context\.)?args\.([^`]+)` in context for Action::"(.+)"'
+    r"unable to guarantee safety of access to optional attribute `(?:context\.)?args\.([^`]+)` "
+    r'in context for Action::"(.+)"'
 )
 _CHECK_ACTION: Final = re.compile(r'Action::"(?:call|get) ([^"]+)"')
 _NO_ACTION: Final = "unable to find an applicable action"
@@ -117,9 +118,8 @@ class _Check:
         self.problems.append(Problem(chunk.file, chunk.line_of(*words), message, self.rule.id, warning))
 
 
-def _may_be(scope: object, kind: str) -> bool:
+def _may_be(scope: Mapping[str, Any], kind: str) -> bool:
     """Whether a resource of that type may fit the head at all."""
-    assert isinstance(scope, dict)
     if scope["op"] == "==":
         return bool(scope["entity"]["type"] == kind)
     if scope["op"] == "is":
@@ -139,7 +139,7 @@ def _by_schema(checkable: Sequence[tuple[Rule, list[tuple[str, Offer | None]]]],
         actions = [{"type": "Action", "id": schema.check_action(action, offer)} for action, offer in applicable]
         rewritten.append({**rule.json, "action": {"op": "in", "entities": actions}})
     told: dict[tuple[str, str], Problem] = {}
-    for index, said in cedar.validate(rewritten, schema.generate(catalog)):
+    for index, said in sorted(cedar.validate(rewritten, schema.generate(catalog))):
         rule = checkable[index][0]
         if _NO_ACTION in said and any(policy == rule.id for policy, _ in told):
             continue
@@ -186,7 +186,7 @@ def _optional(match: re.Match[str], catalog: Catalog) -> tuple[str, list[str]]:
 
 def _unknown(match: re.Match[str], _: Catalog) -> tuple[str, list[str]]:
     name = match[1].removeprefix("context.")
-    return f'there is no context.{name}{suggestion(name, (*schema.CONTEXT, "args"))}', [name]
+    return f"there is no context.{name}{suggestion(name, (*schema.CONTEXT, 'args'))}", [name]
 
 
 def _offer(action: str, catalog: Catalog) -> Offer | None:
