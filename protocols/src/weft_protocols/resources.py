@@ -48,6 +48,21 @@ TOOL_CHANGES: Final = "mesh.toolchange"
 """Prefix under which the broker republishes both once they are stored."""
 TOOL_HISTORY: Final = 8
 """Messages kept of each registration and pin."""
+POLICY: Final = "MESH_POLICY"
+"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
+POLICY_VERSIONS: Final = "mesh.policy.version"
+"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
+POLICY_STATE: Final = "mesh.policy.state"
+"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
+POLICY_SEEN: Final = "mesh.policy.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
+POLICY_CHANGES: Final = "mesh.policychange"
+"""Prefix under which the broker republishes what decides once it is stored."""
+RATES: Final = "MESH_RATES"
+"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
+RATE_PREFIX: Final = "mesh.rate"
+RATE_KEEP: Final = 31 * 86_400.0
+"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -200,6 +215,13 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             discard="old",  # of a subject, its oldest makes room
             republish=("mesh.>", f"{TOOL_CHANGES}.>"),
         ),
+            POLICY,
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_per_subject=1000,
+            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+        ),
+        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
         StreamSpec(
             PUSH,
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),
