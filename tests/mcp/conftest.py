@@ -116,7 +116,13 @@ async def places(mesh: BrokerMesh) -> AsyncIterator[Places]:
         for broker in (operator, sidecar, caller):
             stack.push_async_callback(broker.close)
         store = ToolStore(operator)
-        await store.register(ToolServer("everything", url=fixture.ready_line.removeprefix("ready: ")))
+        await store.register(
+            ToolServer(
+                "everything",
+                settings={"egress": {"allow": ["127.0.0.1"]}},
+                url=fixture.ready_line.removeprefix("ready: "),
+            )
+        )
         stack.push_async_callback(store.remove, "everything")
         service = SidecarService(sidecar, SidecarConfig(anonymous="local"))
         stack.push_async_callback(service.aclose)

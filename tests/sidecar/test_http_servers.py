@@ -20,6 +20,8 @@ from weft_protocols.errors import ToolError
 
 pytestmark = pytest.mark.anyio
 
+LOCAL = {"egress": {"allow_private": True}}
+
 EVERYTHING = Path(__file__).parents[1] / "mcp" / "everything.py"
 
 
@@ -33,7 +35,7 @@ async def everything() -> AsyncIterator[str]:
 @pytest.mark.parametrize("era", ["auto", "legacy"])
 async def test_servers_of_both_eras_are_called_and_heard(stage: Any, everything: str, era: str) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=everything, era=era))
+    await stage.register(ToolServer(name, settings=LOCAL, url=everything, era=era))
     heard: list[tuple[str, dict[str, Any]]] = []
     params = {"name": "test_tool_with_progress", "arguments": {}, "_meta": {"progressToken": "mine"}}
     request = ToolRequest(name, "tools/call", params)
@@ -51,7 +53,7 @@ async def test_servers_of_both_eras_are_called_and_heard(stage: Any, everything:
 
 async def test_a_lost_session_of_the_earlier_era_is_made_anew(stage: Any, everything: str) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=everything, era="legacy"))
+    await stage.register(ToolServer(name, settings=LOCAL, url=everything, era="legacy"))
     params = {"name": "test_simple_text", "arguments": {}}
     await stage.ask(name, "tools/call", **params)
     upstream = stage.service.plane.served(name).upstream
@@ -64,7 +66,7 @@ async def test_a_lost_session_of_the_earlier_era_is_made_anew(stage: Any, everyt
 
 async def test_a_question_of_several_rounds_passes_unchanged(stage: Any, everything: str) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=everything))
+    await stage.register(ToolServer(name, settings=LOCAL, url=everything))
     params: dict[str, Any] = {"name": "test_input_required_result_multi_round", "arguments": {}}
     meta = {mcp.META_VERSION: mcp.VERSION, mcp.META_CAPABILITIES: {"elicitation": {}}}
     first = await stage.ask(name, "tools/call", **params, _meta=meta)
@@ -82,7 +84,7 @@ async def test_a_question_of_several_rounds_passes_unchanged(stage: Any, everyth
 
 async def test_capabilities_the_caller_did_not_declare_are_not_declared_for_it(stage: Any, everything: str) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=everything))
+    await stage.register(ToolServer(name, settings=LOCAL, url=everything))
     with pytest.raises(ToolError) as missing:
         await stage.ask(name, "tools/call", name="test_missing_capability", arguments={})
     assert missing.value.code == -32021
@@ -149,7 +151,7 @@ async def test_headers_come_from_the_environment_and_are_not_shown(
         writer.write(response("200 OK", json.dumps(result(message)).encode()))
 
     name = unique_name("web")
-    server = ToolServer(name, url=await web(answer), headers_env={"Authorization": "TEST_CRM_TOKEN"})
+    server = ToolServer(name, settings=LOCAL, url=await web(answer), headers_env={"Authorization": "TEST_CRM_TOKEN"})
     await stage.register(server)
     with pytest.raises(ToolError, match="needs TEST_CRM_TOKEN"):
         await stage.ask(name, "tools/list")
@@ -177,7 +179,7 @@ async def test_what_is_no_answer_is_a_failure_of_the_server(stage: Any, web: Any
         writer.write(broken if called else response("200 OK", json.dumps(result(message)).encode()))
 
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=await web(answer)))
+    await stage.register(ToolServer(name, settings=LOCAL, url=await web(answer)))
     with pytest.raises(ToolError) as failed:
         await stage.ask(name, "tools/call", name="do", arguments={})
     assert failed.value.code == mcp.UPSTREAM_FAILED
@@ -185,7 +187,7 @@ async def test_what_is_no_answer_is_a_failure_of_the_server(stage: Any, web: Any
 
 async def test_a_server_that_is_not_there_is_said_to_be_unreachable(stage: Any) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url="http://127.0.0.1:1/mcp"))
+    await stage.register(ToolServer(name, settings=LOCAL, url="http://127.0.0.1:1/mcp"))
     with pytest.raises(ToolError) as failed:
         await stage.ask(name, "tools/list")
     assert failed.value.code == mcp.UPSTREAM_FAILED
@@ -209,7 +211,7 @@ async def test_an_endless_answer_is_cut_off(stage: Any, web: Any, monkeypatch: p
             raise
 
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=await web(answer)))
+    await stage.register(ToolServer(name, settings=LOCAL, url=await web(answer)))
     with pytest.raises(ToolError, match="more than 100000 bytes"):
         await stage.ask(name, "tools/call", name="do", arguments={})
     await eventually(stopped.is_set)

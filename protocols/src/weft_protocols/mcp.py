@@ -55,6 +55,10 @@ META_SUBSCRIPTION: Final = "io.modelcontextprotocol/subscriptionId"
 META_RESERVED: Final = "io.modelcontextprotocol/"
 META_REFUSAL: Final = "dev.weft/refusal"
 """In a tool result: that it is no result of the tool but a refusal, with its code, so that programs can tell."""
+META_FENCE: Final = "dev.weft/fence"
+"""In a tool call: the lock its task holds, `{name, token}`, or a list of these."""
+META_STEP: Final = "dev.weft/step"
+"""In a tool call: which call of its task it is, the same when the task runs again."""
 NAMED: Final[dict[str, str]] = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 """Methods that are about one named thing, and the parameter that names it."""
 ISSUE_TOKEN: Final = "weft/token"
@@ -74,6 +78,9 @@ BUSY: Final = -32003
 CIRCUIT_OPEN: Final = -32004
 LATE: Final = -32005
 UPSTREAM_FAILED: Final = -32006
+FENCED: Final = -32007
+UNKNOWN_OUTCOME: Final = -32008
+UNRECORDED: Final = -32009
 BROKEN_STREAM: Final = -32010
 NO_SERVER: Final = -32011
 TOO_LARGE: Final = -32012
@@ -85,6 +92,9 @@ CODES: Final[dict[int, tuple[str, str]]] = {
     CIRCUIT_OPEN: ("circuit_open", "the server failed too often; `data.retryAfter` has seconds"),
     LATE: ("late", "the deadline passed"),
     UPSTREAM_FAILED: ("upstream_failed", "the server did not start, ended, or does not speak MCP"),
+    FENCED: ("fenced", "the call needs a lock that its task does not hold"),
+    UNKNOWN_OUTCOME: ("unknown_outcome", "an earlier attempt of this call may have had its effect; it is not repeated"),
+    UNRECORDED: ("unrecorded", "the call could not be recorded before it was made"),
     BROKEN_STREAM: ("broken_stream", "no frame came for too long; the outcome is unknown"),
     NO_SERVER: ("no_server", "no server of that name is registered"),
     TOO_LARGE: ("too_large", "a message is over the limit"),

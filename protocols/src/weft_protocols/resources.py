@@ -63,6 +63,18 @@ RATES: Final = "MESH_RATES"
 RATE_PREFIX: Final = "mesh.rate"
 RATE_KEEP: Final = 31 * 86_400.0
 """Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
+AUDIT: Final = "MESH_AUDIT"
+"""What was done through tools, and by whom: written by sidecars, never by agents; nobody deletes from it."""
+AUDIT_RECORDS: Final = "mesh.audit"
+"""Prefix of records, `mesh.audit.{kind}.{agent}.{server}`."""
+AUDIT_KEEP: Final = 90 * 86_400.0
+"""Seconds an audit record is kept in the broker."""
+EFFECTS: Final = "MESH_EFFECTS"
+"""What became of calls with side effects, so that a task that runs again does not repeat them."""
+EFFECT_RECORDS: Final = "mesh.effect"
+"""Prefix of these, `mesh.effect.{agent}.{task}.{call}`: the last one holds."""
+EFFECT_KEEP: Final = 30 * 86_400.0
+"""Seconds a call with side effects is known: no task is delivered again after so long."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -114,6 +126,7 @@ class StreamSpec:
     """Whether messages may have a time to live of their own."""
     schedules: bool = False
     """Whether the broker stores messages at times that other messages name."""
+    deny_purge: bool = False
     republish: tuple[str, str] | None = None
     """(source pattern, destination) of the live feed."""
 
@@ -135,7 +148,7 @@ class StreamSpec:
             "allow_direct": True,
             "allow_rollup_hdrs": False,
             "deny_delete": True,
-            "deny_purge": False,
+            "deny_purge": self.deny_purge,
         }
         if self.ttl:
             config["allow_msg_ttl"] = True
@@ -215,6 +228,7 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             discard="old",  # of a subject, its oldest makes room
             republish=("mesh.>", f"{TOOL_CHANGES}.>"),
         ),
+        StreamSpec(
             POLICY,
             (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
             replicas=replicas,
@@ -228,6 +242,15 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             replicas=replicas,
             max_age=PUSH_KEEP,
             max_per_subject=1,
+        ),
+        StreamSpec(AUDIT, (f"{AUDIT_RECORDS}.>",), replicas=replicas, max_age=AUDIT_KEEP, deny_purge=True),
+        StreamSpec(
+            EFFECTS,
+            (f"{EFFECT_RECORDS}.>",),
+            replicas=replicas,
+            max_age=EFFECT_KEEP,
+            max_per_subject=1,
+            discard="old",  # of a subject, what was known before makes room
         ),
     )
 

@@ -21,6 +21,7 @@ from weft.sidecar.link import (
     restored,
     with_token,
 )
+from weft.sidecar.secrets import Scrubber
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import UPSTREAM_FAILED, error_from
 
@@ -28,28 +29,29 @@ log = logging.getLogger("weft.sidecar")
 
 SESSION: Final = "mcp-session-id"
 BOTH: Final = "application/json, text/event-stream"
-CONNECTIONS: Final = 256
 LISTEN_AGAIN: Final = 5.0
 """Seconds before a lost event stream of the earlier era is opened again."""
-
-
-def shared_client() -> httpx2.AsyncClient:
-    """The client of a whole sidecar: one pool, one TLS context. No time limit of its own: calls have theirs."""
-    limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=60.0)
-    timeout = httpx2.Timeout(None, connect=10.0, pool=10.0)
-    return httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False, trust_env=False)
 
 
 class HttpLink:
     """An address. Of the earlier era it also has a session, and a stream of what the server says by itself."""
 
-    def __init__(self, client: httpx2.AsyncClient, url: str, *, headers: Mapping[str, str], on_event: Heard) -> None:
+    def __init__(
+        self,
+        client: httpx2.AsyncClient,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        on_event: Heard,
+        scrub: Scrubber | None = None,
+    ) -> None:
         self.ended = asyncio.Event()
         self.reason = ""
         self._client = client
         self._url = url
         self._headers = dict(headers)
         self._on_event = on_event
+        self._scrub = scrub or Scrubber()
         self._session = ""
         self._version = ""
         self._count = 0
@@ -128,13 +130,14 @@ class HttpLink:
                 self._end(f"the server at {self._url} does not know our session any more")
                 raise LinkEnded(self.reason)
             if kind == "text/event-stream" and answer.status_code == 200:
-                async for message in events(answer):
+                async for found in events(answer):
+                    message: dict[str, Any] = self._scrub.value(found)
                     if message.get("id") == ident and "method" not in message:
                         return message
                     self._take(message, hear)
                 raise LinkEnded(f"the server at {self._url} ended its answer early")
             raw = await whole(answer)
-        whole_message = _object(raw)
+        whole_message: dict[str, Any] | None = self._scrub.value(_object(raw))
         if whole_message is not None and ("result" in whole_message or "error" in whole_message):
             return whole_message
         raise ToolError(f"the server at {self._url} answered HTTP {answer.status_code}", code=UPSTREAM_FAILED)
@@ -165,7 +168,7 @@ class HttpLink:
                     if answer.status_code != 200:
                         return
                     async for message in events(answer):
-                        self._take(message, self._on_event)
+                        self._take(self._scrub.value(message), self._on_event)
             except (httpx2.HTTPError, ToolError) as error:
                 log.debug("the events of %s ended: %s", self._url, error)
             await asyncio.sleep(LISTEN_AGAIN)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
+from weft.sidecar.guards import Guards
 from weft.sidecar.settings import Limits
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import CODES, LATE, META_REFUSAL
@@ -58,6 +59,8 @@ class Call:
     """Why the definition is not approved; empty if it is."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What stages found out, for later ones and for the record."""
+    guards: Guards = field(default_factory=Guards)
+    """What else its server's registration asks for."""
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -116,13 +119,15 @@ class Outcome:
     """Which stage's refusal it was, where the server was not asked."""
     cancelled: bool = False
     seconds: float = 0.0
+    call: Call | None = None
+    """The call as it was when it ended, with everything that was found out about it."""
 
 
 class Stage(Protocol):
     """One concern of the pipeline."""
 
-    async def before(self, call: Call) -> Call | Refusal:
-        """Let the call pass, changed or not, or refuse it."""
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
+        """Let the call pass, changed or not, or refuse it, or say how it ended without making it."""
         ...
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
@@ -133,7 +138,7 @@ class Stage(Protocol):
 class Passing:
     """A stage that does nothing, to be built on."""
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Let it pass."""
         return call
 
@@ -161,7 +166,8 @@ class Pipeline:
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AFTER):
-                    await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun))
+                    last = passed[-1][1] if passed else call
+                    await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun, call=last))
             raise
         outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         if outcome.result is not None:
@@ -174,21 +180,23 @@ class Pipeline:
         for stage in self.stages:
             decided = await stage.before(call)
             if isinstance(decided, Refusal):
-                return Outcome(error=decided.error, refused=decided)
+                return Outcome(error=decided.error, refused=decided, call=call)
+            if isinstance(decided, Outcome):
+                return decided if decided.call is not None else replace(decided, call=call)
             call = decided
             passed.append((stage, call))
         left = None if call.deadline is None else max(0.0, call.deadline - time.time())
         limit = asyncio.timeout(left)
         try:
             async with limit:
-                return Outcome(result=await execute(call))
+                return Outcome(result=await execute(call), call=call)
         except TimeoutError:
             if not limit.expired():
                 raise
             late = Refusal(LATE, f"{call.server} did not answer {call.method} {call.name} in time", in_band=True)
-            return Outcome(error=late.error, refused=late)
+            return Outcome(error=late.error, refused=late, call=call)
         except ToolError as error:
-            return Outcome(error=error)
+            return Outcome(error=error, call=call)
 
 
 async def _back(passed: list[tuple[Stage, Call]], outcome: Outcome) -> Outcome:

@@ -17,10 +17,12 @@ from weft.sidecar.aggregate import Aggregate
 from weft.sidecar.arguments import Arguments
 from weft.sidecar.backend import Request
 from weft.sidecar.events import Events
+from weft.sidecar.guards import SandboxRules
 from weft.sidecar.link import Heard
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.sandbox import choose
 from weft.sidecar.served import CHANGES, Served
 from weft.sidecar.session import Session, as_modern
 from weft.sidecar.stages import ENDLESS, Breaker, Concurrency, Deadline, Pinned, ResponseSize
@@ -82,6 +84,7 @@ class Plane:
 
     async def start(self) -> None:
         """Read what is registered, and follow it from now on. Raises Unavailable if it cannot be read."""
+        await asyncio.to_thread(choose, SandboxRules())  # it is tried out once
         ready = asyncio.Event()
         self._tasks.start(self._follower.run(ready.set), name="registrations")
         try:
@@ -155,6 +158,8 @@ class Plane:
             name=name,
             params=request.params,
             limits=served.upstream.limits,
+            guards=served.upstream.guards,
+            facts={"sandbox": served.upstream.sandbox.name} if served.server.transport == "stdio" else {},
             modern=request.modern,
             front=request.front,
             request=request.token,

@@ -14,12 +14,13 @@ from weft.core.broker import Broker
 from weft.core.home import Home, SidecarRecord, process_started
 from weft.core.toolsconf import SidecarConfig
 from weft.sidecar.backend import Request
-from weft.sidecar.http import shared_client
+from weft.sidecar.connect import Connector
+from weft.sidecar.egress import Clients
 from weft.sidecar.natsfront import NatsFront
 from weft.sidecar.operators import Operators
 from weft.sidecar.plane import Plane
+from weft.sidecar.sandbox import private_of
 from weft.sidecar.tokens import Tokens, token_key
-from weft.sidecar.upstream import connector
 from weft.sidecar.web import WebFront
 from weft_protocols.errors import ToolError, Unavailable
 from weft_protocols.mcp import DENIED, EVERY, ISSUE_TOKEN, split
@@ -44,9 +45,10 @@ class SidecarService:
         self.broker = broker
         self._home = home
         self._stack = AsyncExitStack()
-        client = shared_client()
-        self._stack.push_async_callback(client.aclose)
-        self.plane = Plane(broker, connector(client))
+        clients = Clients()
+        self._stack.push_async_callback(clients.aclose)
+        private = private_of(broker.settings)
+        self.plane = Plane(broker, Connector(clients, private=private))
         self.tokens = Tokens(token_key(broker.settings))
         self.web = WebFront(self.plane, self.tokens, anonymous=config.anonymous, schema=self.schema)
         own = {**Operators(self.plane).methods, ISSUE_TOKEN: self._issue}

@@ -37,8 +37,8 @@ class Limits:
 
 
 KNOWN: Final = tuple(Limits.__dataclass_fields__)
-LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "limits", "egress", "redaction")
-"""Keys that other stages read."""
+LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "limits", "egress", "redaction")
+"""Keys that `weft.sidecar.guards` and other stages read."""
 
 
 def limits_of(settings: Mapping[str, Any], where: str = "settings") -> Limits:

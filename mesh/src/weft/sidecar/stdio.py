@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ from weft.sidecar.link import (
     restored,
     with_token,
 )
+from weft.sidecar.secrets import Scrubber
 from weft_protocols.mcp import META_SUBSCRIPTION, error_from
 
 log = logging.getLogger("weft.sidecar")
@@ -55,6 +56,8 @@ class ProcessCommand:
     env: Mapping[str, str] = field(default_factory=dict)
     """Besides `INHERITED`."""
     cwd: str | None = None
+    jailed: bool = False
+    """Whether `argv` begins with `weft.sidecar.jail`, which ends what the command leaves behind when it is told to."""
 
 
 @dataclass(slots=True)
@@ -70,13 +73,14 @@ class _Pending:
 class StdioLink:
     """A running process. `start` makes one."""
 
-    def __init__(self, command: ProcessCommand, on_event: Heard) -> None:
+    def __init__(self, command: ProcessCommand, on_event: Heard, *, scrub: Scrubber | None = None) -> None:
         self.ended = asyncio.Event()
         self.reason = ""
         self.garbage = 0
         """Lines on its standard output that were no messages."""
         self._command = command
         self._on_event = on_event
+        self._scrub = scrub or Scrubber()
         self._process: asyncio.subprocess.Process | None = None
         self._pending: dict[int, _Pending] = {}
         self._count = 0
@@ -85,11 +89,11 @@ class StdioLink:
         self._tasks = Tasks(f"tool server {command.name}")
 
     @classmethod
-    async def start(cls, command: ProcessCommand, on_event: Heard) -> StdioLink:
-        """Start the process. Raises LinkEnded if it cannot be."""
-        made = cls(command, on_event)
+    async def start(cls, command: ProcessCommand, on_event: Heard, *, scrub: Scrubber | None = None) -> StdioLink:
+        """Start the process. Raises LinkEnded if it cannot be. Secrets that `scrub` knows are in nothing it says."""
+        made = cls(command, on_event, scrub=scrub)
         argv = command.argv
-        if sys.platform == "linux":
+        if sys.platform == "linux" and not command.jailed:
             argv = (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *argv)
         inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         try:
@@ -116,7 +120,7 @@ class StdioLink:
     @property
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
-        return self._last_words.decode(errors="replace").strip()
+        return self._scrub.text(self._last_words.decode(errors="replace").strip())
 
     async def request(
         self, method: str, params: Mapping[str, Any], *, heard: Heard | None = None, headers: Mapping[str, str]
@@ -164,15 +168,7 @@ class StdioLink:
             return
         if process.stdin is not None:
             process.stdin.close()
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None:
-                self._kill(number)
-            try:
-                async with asyncio.timeout(LEAVE):
-                    await process.wait()
-                break
-            except TimeoutError:
-                continue
+        await self._gone(process, (None, signal.SIGTERM))
         self._kill()  # what it left behind in its group
         await self._tasks.aclose()
         _close_pipes(process)
@@ -192,16 +188,9 @@ class StdioLink:
                         self._take(line)
             if len(rest) > MESSAGE_LIMIT:
                 self._end(f"it wrote a line of more than {MESSAGE_LIMIT} bytes")
-                self._kill()
                 break
         # Its output can end before the process does, and a child of it can hold the output open after.
-        if not self.ended.is_set():
-            try:
-                async with asyncio.timeout(LEAVE):
-                    await process.wait()
-            except TimeoutError:
-                self._kill()
-                await process.wait()
+        await self._gone(process, (signal.SIGTERM,) if self.ended.is_set() else (None, signal.SIGTERM))
         code = process.returncode
         words = f": {self.last_words[-300:]}" if self.last_words else ""
         self._end(f"tool server {self._command.name} ended with {code}{words}")
@@ -209,13 +198,14 @@ class StdioLink:
 
     def _take(self, line: bytes) -> None:
         try:
-            message = json.loads(line)
+            message = self._scrub.value(json.loads(line))
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             self.garbage += 1
             if self.garbage <= GARBAGE:
-                log.warning("%s wrote what is no message: %r", self._command.name, line[:200])
+                shown = self._scrub.text(line.decode(errors="replace"))[:200]
+                log.warning("%s wrote what is no message: %r", self._command.name, shown)
             return
         if "method" in message:
             if "id" in message:
@@ -290,6 +280,19 @@ class StdioLink:
             if not pending.done.done():
                 pending.done.set_exception(LinkEnded(reason))
                 pending.done.exception()
+
+    async def _gone(self, process: asyncio.subprocess.Process, told: Sequence[signal.Signals | None]) -> None:
+        """Return when the process is gone, which it is told more and more clearly."""
+        for number in (*told, signal.SIGKILL):
+            if number is not None:
+                self._kill(number)
+            try:
+                async with asyncio.timeout(LEAVE):
+                    await process.wait()
+                return
+            except TimeoutError:
+                continue
+        await process.wait()
 
     def _kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """A signal to the whole group, as far as there is one left."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import httpx2
-
 from weft.core.supervise import Tasks
 from weft.core.toolsconf import ToolServer
-from weft.sidecar.http import HttpLink
+from weft.sidecar.guards import Guards, guards_of
 from weft.sidecar.link import Heard, Link, LinkEnded
+from weft.sidecar.sandbox import NONE, Level, choose
 from weft.sidecar.session import Session, open_session
 from weft.sidecar.settings import Limits, limits_of
-from weft.sidecar.stdio import ProcessCommand, StdioLink
 from weft_protocols.errors import InvalidConfig, ToolError
 from weft_protocols.mcp import UPSTREAM_FAILED
 
@@ -31,30 +28,6 @@ LOOK: Final = 5.0
 
 Connect = Callable[[ToolServer, Heard], Awaitable[Link]]
 """Opens a link to a server; raises LinkEnded or ToolError."""
-
-
-def connector(client: httpx2.AsyncClient) -> Connect:
-    """Opens links: processes, and addresses through one shared client."""
-
-    async def connect(server: ToolServer, on_event: Heard) -> Link:
-        if server.url:
-            headers = from_environment(server.headers_env, server.name)
-            return HttpLink(client, server.url, headers=headers, on_event=on_event)
-        env = from_environment(server.env, server.name)
-        return await StdioLink.start(ProcessCommand(server.name, server.command, env, server.cwd or None), on_event)
-
-    return connect
-
-
-def from_environment(names: Mapping[str, str], server: str) -> dict[str, str]:
-    """The values of variables. Raises ToolError naming those that are not set, never a value."""
-    missing = sorted({variable for variable in names.values() if variable not in os.environ})
-    if missing:
-        raise ToolError(
-            f"tool server {server} needs {', '.join(missing)}, which the sidecar's environment does not have",
-            code=UPSTREAM_FAILED,
-        )
-    return {name: os.environ[variable] for name, variable in names.items()}
 
 
 class Upstream:
@@ -78,10 +51,11 @@ class Upstream:
         self.server = server
         self.fault = ""
         """What is wrong with its settings; then nothing is limited by them and no session is opened."""
+        where = f"settings of {server.name}"
         try:
-            self.limits = limits_of(server.settings, f"settings of {server.name}")
+            self.limits, self.guards = limits_of(server.settings, where), guards_of(server.settings, where)
         except InvalidConfig as error:
-            self.limits, self.fault = Limits(), str(error)
+            self.limits, self.guards, self.fault = Limits(), Guards(), str(error)
         self.restarts = 0
         """Sessions that ended by themselves."""
         self._connect = connect
@@ -101,6 +75,11 @@ class Upstream:
     def sessions(self) -> list[Session]:
         """Those that are open."""
         return [one for one in self._sessions if not one.link.ended.is_set()]
+
+    @property
+    def sandbox(self) -> Level:
+        """In what its processes run; nothing, for a server at an address."""
+        return choose(self.guards.sandbox) if self.server.transport == "stdio" else Level(NONE, "it runs elsewhere")
 
     @property
     def failure(self) -> str:
@@ -229,13 +208,15 @@ class Upstream:
     @property
     def state(self) -> dict[str, Any]:
         """For operators."""
-        sessions = self.sessions
+        sessions, stdio = self.sessions, self.server.transport == "stdio"
         return {
             "sessions": len(sessions),
             "busy": sum(one.busy for one in sessions),
             "restarts": self.restarts,
             "version": sessions[0].identity.version if sessions else "",
             "failure": self.failure,
+            "sandbox": self.sandbox.name if stdio else "",
+            "degraded": self.sandbox.why if stdio and self.sandbox.degraded else "",
         }
 
 
