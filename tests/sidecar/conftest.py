@@ -22,6 +22,7 @@ from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 
 BAD = Path(__file__).with_name("badserver.py")
+RUNNER = Path(__file__).with_name("runner.py")
 
 
 @dataclass
@@ -44,6 +45,20 @@ class Stage:
         command = (sys.executable, "-S", str(BAD), str(self.folder / name), *flags)
         await self.register(ToolServer(name, command=command, trust=trust, settings=settings))
         return name
+
+    async def runner(self, *, env: dict[str, str] | None = None, **settings: Any) -> str:
+        """Register the server that runs the Python it is given; its name."""
+        name = unique_name("run")
+        (self.folder / name).mkdir()
+        command = (sys.executable, "-S", str(RUNNER), str(self.folder / name))
+        folder = str(self.folder / name)
+        await self.register(ToolServer(name, command=command, cwd=folder, env=env or {}, settings=settings))
+        return name
+
+    async def run(self, server: str, code: str, *, tool: str = "run", **more: Any) -> dict[str, Any]:
+        """Have it run some Python."""
+        params: dict[str, Any] = {"name": tool, "arguments": {"code": code}, **more}
+        return await self.caller.request(ToolRequest(server, "tools/call", params))
 
     async def register(self, server: ToolServer) -> None:
         await self.store.register(server)

@@ -20,7 +20,8 @@ from weft_coordinator.decide.registry import Fields
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.deciding import Key, Shared
 from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part, operator_only
-from weft_protocols.errors import Fenced, InvalidParams, Unavailable, WeftError
+from weft_protocols.errors import Fenced, InvalidParams, PermissionDenied, Unavailable, WeftError
+from weft_protocols.subjects import OPERATOR
 
 log = logging.getLogger("weft.coordinator")
 
@@ -32,6 +33,8 @@ LATE: Final = 1.0
 """Seconds a timer may be late before it is taken for this process's own fault: nobody loses a lease by that."""
 RESYNC_AFTER: Final = 0.1
 """Seconds after the begin of a reign at which replicas are asked to tell what they hold."""
+CHECKERS: Final = ("sidecar", OPERATOR)
+"""Who may ask whether a lock is held."""
 MAX_OF_TASK: Final = 1_000
 """Requests of one task."""
 MAX_LISTED: Final = 10_000
@@ -52,7 +55,7 @@ class _Session:
 
 
 class LockPart(Part):
-    """Operations `lock`, `unlock`, `session`, and for the operator `locks` and `lock-release`."""
+    """Operations `lock`, `unlock`, `session`; `lock-check` of sidecars; `locks` and `lock-release` of the operator."""
 
     def __init__(self, shared: Shared, detector: Detector) -> None:
         self._leader = shared.leader
@@ -74,7 +77,7 @@ class LockPart(Part):
     @property
     def lean_operations(self) -> Mapping[str, LeanHandler]:
         """What is asked often."""
-        return {"lock": self._lock, "unlock": self._unlock, "session": self._session}
+        return {"lock": self._lock, "unlock": self._unlock, "session": self._session, "lock-check": self._checked}
 
     @property
     def leader_operations(self) -> Mapping[str, Handler]:
@@ -287,6 +290,21 @@ class LockPart(Part):
             "lease": LEASE,
         }
         self.decide(list, answer=answer, told=lambda _: told)
+
+    def _checked(self, body: Body, caller: str, answer: Answer) -> None:
+        """Whether a task holds a lock with a token: `{name, token, agent, task}` to `{held}`, once that is certain."""
+        if caller not in CHECKERS:
+            raise PermissionDenied(f"lock-check is for sidecars, not for {caller}")
+        fields = Fields(body)
+        name, agent, task = fields.text("name"), fields.text("agent"), fields.text("task")
+        token = fields.number("token")
+        fields.check("lock-check")
+
+        def told(_: list[Event]) -> dict[str, Any]:
+            holders, _waiters = self._locks.view(name)
+            return {"held": any((r.agent, r.task, r.token) == (agent, task, token) for r in holders)}
+
+        self.decide(list, answer=answer, told=told)
 
     # Leases ------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weft.client.tools import ToolRequest
+from weft.host.locking import Lock
 from weft.host.run import Run
 from weft_protocols import headers as h
 from weft_protocols import mcp
@@ -19,6 +20,7 @@ Progress = Callable[[float, float | None, str], None]
 """Gets how far a call is, of how much (None if that is not known), and what it says about it."""
 PATIENCE: Final = 10.0
 """Seconds a call waits for a sidecar where none runs: one is being started or replaced."""
+TOOL_KEY: Final = "_tool"
 TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
 
 
@@ -92,7 +94,14 @@ class Tools:
         self._run = run
 
     async def call(
-        self, tool: str, /, *, timeout: float | None = None, progress: Progress | None = None, **arguments: Any
+        self,
+        tool: str,
+        /,
+        *,
+        fence: Lock | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+        **arguments: Any,
     ) -> ToolResult:
         """Call `server.tool` with these arguments.
 
@@ -101,18 +110,26 @@ class Tools:
 
         Args:
             tool: `server.tool`.
+            fence: the lock that protects what the tool changes; the sidecar refuses the call if it is not held.
             timeout: seconds; the task's own deadline if that is sooner.
             progress: told how far it is, where the tool says so.
 
         Raises:
-            ToolError: there is no such server or tool, or it is in quarantine, or the server broke down.
+            ToolError: there is no such server or tool, or it is in quarantine, or the server broke down, or an
+                earlier attempt of the task made this call and its outcome is not known (`unknown_outcome`).
+            LockLost: the lock is not held any more.
             DeadlineExceeded: it took too long.
             Unavailable: no sidecar runs.
         """
         server, name = split(tool)
         params: dict[str, Any] = {"name": name, "arguments": arguments}
+        meta: dict[str, Any] = {mcp.META_STEP: self._run.journal.own_key(f"{TOOL_KEY} {tool}")}
+        if fence is not None:
+            token = fence.token
+            meta[mcp.META_FENCE] = [{"name": one, "token": token} for one in fence.names]
         if progress is not None:
-            params["_meta"] = {"progressToken": "call"}
+            meta["progressToken"] = "call"
+        params["_meta"] = meta
         return ToolResult.of(await self._ask(server, "tools/call", params, timeout=timeout, progress=progress))
 
     async def list(self) -> tuple[Tool, ...]:

@@ -13,7 +13,7 @@ from jsonschema.validators import extend, validator_for
 from referencing import Registry
 from referencing.exceptions import NoSuchResource, Unresolvable
 
-from weft.sidecar.pipeline import Call, Passing, Refusal
+from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
 from weft_protocols.mcp import INVALID_PARAMS
 
 KEPT: Final = 1024
@@ -32,7 +32,7 @@ class Arguments(Passing):
     def __init__(self) -> None:
         self._ready: OrderedDict[str, Validator | str] = OrderedDict()
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse what has not, saying where."""
         schema = call.definition.get("inputSchema") if call.definition is not None else None
         if call.method != "tools/call" or not isinstance(schema, Mapping):

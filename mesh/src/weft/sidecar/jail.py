@@ -24,7 +24,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
-LOOK = 0.1
+LOOK = 0.05
 """Seconds between looks at what it uses."""
 OVER = 125
 """Exit code where a limit was passed."""
@@ -93,6 +93,7 @@ def forked(rules: dict[str, Any], command: list[str]) -> Callable[[], int | None
         try:
             os.close(failed)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.setpgid(0, 0)
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             limit(rules)
             if rules["level"] == "bubblewrap":
@@ -189,44 +190,48 @@ def used() -> tuple[int, int]:
     return len(pids), memory
 
 
-def below() -> list[int]:
-    """Every process that descends from this one."""
-    children: dict[int, list[int]] = {}
+def below() -> dict[int, int]:
+    """Every process that descends from this one, with its group."""
+    children: dict[int, list[tuple[int, int]]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - many times a second
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
-                    state, parent = file.read().rpartition(b")")[2].split()[:2]
+                    state, parent, group = file.read().rpartition(b")")[2].split()[:3]
             except (OSError, ValueError):
                 continue
             if state != b"Z":
-                children.setdefault(int(parent), []).append(int(name))
-    found: list[int] = []
+                children.setdefault(int(parent), []).append((int(name), int(group)))
+    found: dict[int, int] = {}
     left = [os.getpid()]
     while left:
         own = children.get(left.pop(), ())
-        found += own
-        left += own
+        found.update(own)
+        left += [pid for pid, _ in own]
     return found
 
 
 def sweep() -> None:
-    """End every process that descends from this one, however fast they multiply."""
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for _ in range(200):
-            before = below()
-            for pid in before:
-                try:
-                    os.kill(pid, number)
-                except OSError:
-                    continue
-            if number == signal.SIGSTOP:
-                if set(below()) <= set(before):
-                    break
-            else:
-                reap()
-                if not below():
-                    return
+    """End every process that descends from this one, however fast they multiply: a group is ended as a whole."""
+    own = os.getpgid(0)
+    for _ in range(2000):
+        found = below()
+        if not found:
+            return
+        for group in set(found.values()) - {own, 0}:
+            end(os.killpg, group)
+        for pid, group in found.items():
+            if group in (own, 0):
+                end(os.kill, pid)
+        reap()
+
+
+def end(kill: Callable[[int, int], None], which: int) -> None:
+    """SIGKILL to what may be gone already."""
+    try:
+        kill(which, signal.SIGKILL)
+    except OSError:
+        return
 
 
 def reap() -> None:

@@ -65,6 +65,8 @@ class Operators:
             "digest": set_digest(catalog.listing.items),
             "approved_by": served.pin.by if served.pin is not None else "",
             "approved_at": served.pin.at if served.pin is not None else 0.0,
+            "sandbox": served.state["sandbox"],
+            "degraded": served.state["degraded"],
         }
 
     async def approve(self, request: Request) -> dict[str, Any]:

@@ -17,20 +17,23 @@ from weft.sidecar.aggregate import Aggregate
 from weft.sidecar.arguments import Arguments
 from weft.sidecar.backend import Request
 from weft.sidecar.events import Events
+from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
 from weft.sidecar.link import Heard
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.records import Intended, Recorded, Recorder
+from weft.sidecar.repeats import Repeats
 from weft.sidecar.sandbox import choose
+from weft.sidecar.sandboxed import Sandboxed
 from weft.sidecar.served import CHANGES, Served
 from weft.sidecar.session import Session, as_modern
-from weft.sidecar.stages import ENDLESS, Breaker, Concurrency, Deadline, Pinned, ResponseSize
+from weft.sidecar.stages import ENDLESS, KINDS, Breaker, Concurrency, Deadline, Known, Pinned, ResponseSize
 from weft.sidecar.upstream import Connect
 from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
 from weft_protocols.mcp import (
     EVERY,
-    INVALID_PARAMS,
     META_SUBSCRIPTION,
     METHOD_NOT_FOUND,
     NO_SERVER,
@@ -43,7 +46,6 @@ log = logging.getLogger("weft.sidecar")
 
 TTL: Final = 60_000
 """Milliseconds for which a list of definitions may be kept by its caller."""
-KINDS: Final = {"tools/call": "tool", "prompts/get": "prompt"}
 LISTS: Final = {
     "tools/list": ("tool", "tools"),
     "prompts/list": ("prompt", "prompts"),
@@ -57,9 +59,22 @@ STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
 
 
-def usual_stages() -> list[Stage]:
-    """What every sidecar has, in its order."""
-    return [Deadline(), Pinned(), Arguments(), ResponseSize(), Breaker(), Concurrency()]
+def usual_stages(broker: Broker, recorder: Recorder) -> list[Stage]:
+    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`)."""
+    return [
+        Recorded(recorder),
+        Deadline(),
+        Known(),
+        Pinned(),
+        Arguments(),
+        Sandboxed(),
+        Fenced(by_coordinator(broker)),
+        Repeats(broker),
+        ResponseSize(),
+        Breaker(),
+        Concurrency(),
+        Intended(recorder),
+    ]
 
 
 class Plane:
@@ -73,7 +88,8 @@ class Plane:
 
     def __init__(self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None) -> None:
         self.store = ToolStore(broker)
-        self.pipeline = Pipeline(stages if stages is not None else usual_stages())
+        self.recorder = Recorder(broker)
+        self.pipeline = Pipeline(stages if stages is not None else usual_stages(broker, self.recorder))
         self.events = Events()
         self._connect = connect
         self._served: dict[str, Served] = {}
@@ -97,6 +113,7 @@ class Plane:
         """End every server's processes and connections."""
         await self._tasks.aclose()
         await self.events.aclose()
+        await self.recorder.aclose()
         served, self._served = list(self._served.values()), {}
         async with asyncio.TaskGroup() as group:
             for one in served:
@@ -149,8 +166,6 @@ class Plane:
         if kind and definition is None:
             await served.look_again()
             definition, digest, quarantine = served.definition(kind, name)
-            if definition is None:
-                raise ToolError(f"Unknown {kind}: {served.name} offers no {name[:80]!r}", code=INVALID_PARAMS)
         call = Call(
             caller=request.caller,
             server=served.name,

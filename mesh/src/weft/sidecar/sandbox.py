@@ -226,15 +226,17 @@ def _bwrap(reach: _Reach, folder: str) -> list[str]:
     if "/" in reach.read:
         made += ["--ro-bind", "/", "/"]
     else:
+        made += ["--tmpfs", "/tmp"]  # noqa: S108 - its own, and nobody else's files in it
         for one in reach.read:
             link = Path(one).is_symlink()
             made += ["--symlink", str(Path(one).readlink()), one] if link else ["--ro-bind-try", one, one]
     made += ["--proc", "/proc", "--dev", "/dev"]
-    if "/" not in reach.read and tempfile.gettempdir() not in reach.write:
-        made += ["--tmpfs", tempfile.gettempdir()]
     for one in reach.write:
         made += ["--bind", one, one]
+    shown = [Path(one) for one in (*reach.read, *reach.write)]
     for one in reach.denied:
+        if not any(Path(one).is_relative_to(base) for base in shown):
+            continue
         made += ["--tmpfs", one] if Path(one).is_dir() else ["--ro-bind", "/dev/null", one]
     return [*made, "--chdir", folder, "--"]
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
-from weft_protocols.mcp import BUSY, CIRCUIT_OPEN, LATE, QUARANTINED, TOO_LARGE, UPSTREAM_FAILED
+from weft_protocols.mcp import BUSY, CIRCUIT_OPEN, INVALID_PARAMS, LATE, QUARANTINED, TOO_LARGE, UPSTREAM_FAILED
 
 ENDLESS: Final = ("subscriptions/listen",)
 """Methods that end when their caller leaves, and count as no call under way."""
+KINDS: Final = {"tools/call": "tool", "prompts/get": "prompt"}
+"""Methods that use what has a definition, and its kind."""
 
 
 class Deadline(Passing):
     """A call has as long as its caller waits, and no longer than its server may take."""
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse what is too late already."""
         if call.method in ENDLESS:
             return call
@@ -29,10 +31,21 @@ class Deadline(Passing):
         return replace(call, deadline=most if call.deadline is None else min(most, call.deadline))
 
 
+class Known(Passing):
+    """What is called is offered."""
+
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
+        """Refuse what is not."""
+        kind = KINDS.get(call.method)
+        if kind is None or call.definition is not None:
+            return call
+        return Refusal(INVALID_PARAMS, f"Unknown {kind}: {call.server} offers no {call.name[:80]!r}")
+
+
 class Pinned(Passing):
     """What is called has the definition that was approved."""
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse what is in quarantine."""
         if not call.quarantine:
             return call
@@ -79,7 +92,7 @@ class Breaker:
     def __init__(self) -> None:
         self._circuits: dict[str, _Circuit] = {}
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse calls to a server that fails."""
         circuit = self._circuits.setdefault(call.server, _Circuit())
         if not circuit.opened:
@@ -122,7 +135,7 @@ class Concurrency:
     def __init__(self) -> None:
         self._places: dict[str, _Places] = {}
 
-    async def before(self, call: Call) -> Call | Refusal:
+    async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Take a place."""
         if call.method in ENDLESS:
             return call

@@ -1,0 +1,50 @@
+"""What a call owes besides its form: from the policy that allowed it, and from its server's registration. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from weft.policy.model import Decision, Obligations
+from weft.sidecar.pipeline import Call
+
+DECISION: Final = "decision"
+"""Fact: the policy's `Decision`, left by the stage that asked it."""
+APPROVALS: Final = "approvals"
+"""Fact: what was approved and by whom, JSON, left by the stage that looked for it."""
+FENCE: Final = "fence"
+"""Fact: the locks whose tokens were checked, a list of `{name, token}`."""
+SANDBOX: Final = "sandbox"
+"""Fact: the level the server runs in."""
+RECORD: Final = "record"
+"""Fact: id of the intent, once it is stored."""
+REPLAYED: Final = "replayed"
+"""Fact: the result is that of an earlier attempt."""
+NOTHING: Final = Obligations()
+
+
+def decision(call: Call) -> Decision | None:
+    """What the policy said; None where none was asked."""
+    found = call.facts.get(DECISION)
+    return found if isinstance(found, Decision) else None
+
+
+def obligations(call: Call) -> Obligations:
+    """What the policy obliges to; nothing where none was asked."""
+    found = decision(call)
+    return found.obligations if found is not None else NOTHING
+
+
+def locks(call: Call) -> tuple[str, ...]:
+    """Every lock it needs. Raises ValueError for an argument that cannot be part of a name."""
+    return tuple(dict.fromkeys((*call.guards.locks_of(call.name, call.arguments), *obligations(call).locks)))
+
+
+def has_effects(call: Call) -> bool:
+    """Whether a repeated call would be a second effect."""
+    return call.guards.has_effects(call.name) or obligations(call).side_effects
+
+
+def is_idempotent(call: Call) -> bool:
+    """Whether its server says that the same call again changes nothing."""
+    notes = call.definition.get("annotations") if call.definition is not None else None
+    return isinstance(notes, dict) and notes.get("idempotentHint") is True
