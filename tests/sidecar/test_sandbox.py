@@ -195,8 +195,7 @@ time.sleep(60)
     if level == "sandlock":  # it is not ended for that, but gets no more
         assert most <= 45
     else:
-        assert isinstance(call.exception(), ToolError)
-        assert "more than 40 processes" in str(call.exception())
+        await eventually(lambda: not marked(), timeout=20)  # by itself
     assert time.monotonic() - begun < 15
     await stage.store.remove(server)
     await eventually(lambda: not marked(), timeout=20)
