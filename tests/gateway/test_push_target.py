@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from weft.gateway.push.limits import Backoff
-from weft.gateway.push.target import LONGEST_WAIT, Answer, Poster, Refused, check_url, is_public, retry_after
+from weft.gateway.push.target import LONGEST_WAIT, Answer, Poster, check_url, retry_after
+from weft.policy.egress import Refused, is_public
 
 pytestmark = pytest.mark.anyio
 

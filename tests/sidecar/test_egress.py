@@ -107,6 +107,7 @@ async def test_a_registered_server_at_a_private_address_is_refused_with_what_to_
 
 
 def test_rules_that_are_none_are_refused() -> None:
+    wrong: Any
     for wrong in ("all", {"allow": "x"}, {"alow": []}, {"allow": ["10.0.0.1/8"]}):
         with pytest.raises(InvalidConfig, match="egress"):
             guards_of({"egress": wrong})

@@ -98,6 +98,10 @@ def _sidecar(facts: Facts) -> Iterator[Check]:
         return
     if row["state"] == "ready":
         yield Check("sidecar", OK, f"pid {row['pid']}")
+        for one in facts.tools:
+            if one["enabled"] and one.get("degraded"):
+                detail = f"runs in {one['sandbox']}, its files and network are open: {one['degraded']}"
+                yield Check(f"tool server {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
     else:
         failed = row["state"] == "failed"
         after = "mesh restart sidecar" if failed else "mesh logs sidecar"

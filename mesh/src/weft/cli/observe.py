@@ -114,6 +114,8 @@ class Facts:
     """None where none runs on this machine."""
     incidents: tuple[Mapping[str, Any], ...] = ()
     """Open incidents, as the coordinator's leader tells them."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """States of tool servers, as a sidecar tells them."""
 
     @property
     def names(self) -> list[str]:
@@ -144,6 +146,7 @@ async def gather() -> Facts:
         infos[BLOBS] = await _stream(broker, BLOBS)
         lanes = await _lanes(broker) if infos[STREAM] is not None else {}
         agents, silence = await _registry(broker)
+        rows = None if settings.home is None or elsewhere else processes_of(settings.home)
         return Facts(
             url=settings.url,
             latency=latency,
@@ -152,9 +155,10 @@ async def gather() -> Facts:
             lanes=lanes,
             agents=agents,
             silence=silence,
-            processes=None if settings.home is None or elsewhere else processes_of(settings.home),
+            processes=rows,
             gateway=None if settings.home is None or elsewhere else await asyncio.to_thread(gateway_of, settings.home),
             incidents=await _incidents(broker) if agents is not None else (),
+            tools=await _tools(broker) if any(row["kind"] == "sidecar" for row in rows or ()) else (),
         )
     finally:
         await broker.close()
@@ -262,6 +266,22 @@ async def _registry(broker: Broker) -> tuple[dict[str, AgentFacts] | None, str]:
         return None, "its answer is not understood: another version?"
     now = time.time()
     return {entry["name"]: _agent(entry, now) for entry in entries}, ""
+
+
+async def _tools(broker: Broker) -> tuple[Mapping[str, Any], ...]:
+    """Tool servers; none where no sidecar answers, which is told elsewhere."""
+    from weft.client.tools import ToolClient, ToolRequest
+    from weft_protocols.errors import WeftError
+    from weft_protocols.mcp import EVERY
+
+    client = ToolClient(broker)
+    try:
+        told = await client.request(ToolRequest(EVERY, "weft/servers", deadline=time.time() + ANSWER))
+    except WeftError:
+        return ()
+    finally:
+        await client.aclose()
+    return tuple(told["servers"])
 
 
 async def _incidents(broker: Broker) -> tuple[Mapping[str, Any], ...]:

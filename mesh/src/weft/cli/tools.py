@@ -24,6 +24,7 @@ COLUMNS: Final = (
     Column("state", state=True),
     Column("version", "MCP"),
     Column("tools", right=True),
+    Column("sandbox"),
     Column("quarantined", flexible=True),
     Column("where", flexible=True),
 )
@@ -318,6 +319,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
 
     from weft.core.serverjson import read_server_json
     from weft.core.toolsconf import ToolServer, checked
+    from weft.sidecar.guards import guards_of
     from weft_protocols.errors import UsageError
 
     given = [bool(words), bool(options["url"]), options["source"] is not None]
@@ -333,7 +335,9 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
         server = ToolServer(name, command=tuple(words), url=options["url"], env=env, headers_env=headers)
     cwd = options["cwd"] or (str(Path.cwd()) if server.command else "")
     trust = "approve" if options["approve_nothing"] else "first-use"
-    return checked(replace(server, cwd=cwd, era=options["era"], trust=trust, settings=settings))
+    made = checked(replace(server, cwd=cwd, era=options["era"], trust=trust, settings=settings))
+    guards_of(settings, "settings")
+    return made
 
 
 def _pair(text: str, default: str) -> tuple[str, str]:
@@ -389,6 +393,7 @@ def _row(server: ToolServer, state: dict[str, Any] | None) -> dict[str, Any]:
     else:
         word = "ready" if state["sessions"] or state["version"] else "idle"
     told = state or {"version": "", "tools": None, "quarantined": [], "failure": "no sidecar runs"}
+    sandbox = told.get("sandbox", "")
     return {
         "name": server.name,
         "transport": server.transport,
@@ -399,6 +404,8 @@ def _row(server: ToolServer, state: dict[str, Any] | None) -> dict[str, Any]:
         "where": server.where,
         "source": server.source,
         "failure": told["failure"],
+        "sandbox": f"{sandbox} (degraded)" if told.get("degraded") else sandbox,
+        "degraded": told.get("degraded", ""),
     }
 
 
@@ -409,6 +416,10 @@ def _show(printer: Printer, told: dict[str, Any]) -> None:
     info = told["info"]
     title = " ".join(str(info[key]) for key in ("name", "version") if info.get(key))
     printer.talk(f"{told['server']}: {title or 'no name'}, MCP {told['version'] or '?'}")
+    if told.get("sandbox"):
+        printer.talk(f"sandbox: {told['sandbox']}")
+    if told.get("degraded"):
+        printer.talk(f"DEGRADED: its files and network are open: {told['degraded']}")
     rows = [{**one, "description": _description(one["definition"])} for one in told["items"]]
     printer.rows(rows, OFFERED, empty="it offers nothing")
     for one in told["items"]:

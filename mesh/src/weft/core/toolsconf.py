@@ -31,6 +31,8 @@ _URL: Final = re.compile(r"https?://[^\s/@]+(/\S*)?\Z")
 _FIELDS: Final = (
     "command", "args", "env", "cwd", "url", "headers_env", "era", "enabled", "trust", "settings",
 )  # fmt: skip
+GUARDS: Final = ("secrets", "egress", "sandbox", "lock", "side_effects", "records")
+"""Settings that may stand beside the others of a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ def read_tools(reader: YamlReader, node: yaml.Node | None, *, folder: Path) -> d
     made: dict[str, ToolServer] = {}
     for name, entry in reader.mapping(node, "tools", None).items() if node is not None else ():
         where = f"tools.{name}"
-        fields = reader.mapping(entry, where, _FIELDS)
+        fields = reader.mapping(entry, where, (*_FIELDS, *GUARDS))
+        guards: dict[str, Any] = {key: _plain(reader, fields[key], f"{where}.{key}") for key in GUARDS if key in fields}
         server = ToolServer(
             name,
             command=_command(reader, fields, where),
@@ -149,7 +152,7 @@ def read_tools(reader: YamlReader, node: yaml.Node | None, *, folder: Path) -> d
             era=reader.value(fields, f"{where}.era", "auto", str),
             enabled=reader.value(fields, f"{where}.enabled", True, boolean),
             trust=reader.value(fields, f"{where}.trust", "first-use", str),
-            settings=_settings(reader, fields.get("settings"), f"{where}.settings"),
+            settings={**_settings(reader, fields.get("settings"), f"{where}.settings"), **guards},
             source="mesh.yaml",
         )
         try:
@@ -194,10 +197,17 @@ def _settings(reader: YamlReader, node: yaml.Node | None, where: str) -> dict[st
     if not isinstance(node, yaml.MappingNode):
         reader.mistake(node, where, "must be a mapping")
         return {}
+    return dict(_plain(reader, node, where) or {})
+
+
+def _plain(reader: YamlReader, node: yaml.Node, where: str) -> Any:
+    """Any value of JSON."""
+    import yaml
+
     made = yaml.SafeLoader("").construct_document(node)
     try:
         json.dumps(made)
     except (TypeError, ValueError) as error:
         reader.mistake(node, where, f"must be values of JSON: {error}")
-        return {}
-    return dict(made)
+        return None
+    return made

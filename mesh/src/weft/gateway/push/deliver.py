@@ -28,7 +28,8 @@ from weft.gateway.push.event import MEDIA_TYPE, blob_bytes, body_of, decoded
 from weft.gateway.push.limits import Backoff, Limits, Slots
 from weft.gateway.push.progress import Ended, Later, Lost, Progress, last
 from weft.gateway.push.sign import Signer, signed_headers
-from weft.gateway.push.target import Answer, Poster, Refused
+from weft.gateway.push.target import Answer, Poster
+from weft.policy.egress import Refused
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.accounts import DIRECT_GET

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import ipaddress
-import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -23,32 +20,17 @@ from urllib.parse import urlsplit
 import httpcore
 import httpx
 
-Resolver = Callable[[str, int], Awaitable[list[str]]]
-"""The addresses of a host; OSError if it has none."""
+from weft.core.resolver import Resolver, SystemResolver
+from weft.policy.egress import Refused, is_public
+from weft.policy.egress import address as address_of
 
 CONNECTIONS: Final = 128
 KEEP_OPEN: Final = 30.0
 """Seconds an unused connection is kept."""
 ANSWER: Final = 64 * 1024
 """Bytes of an answer that are read; nothing is made of them."""
-LOOKUPS: Final = 8
-"""Names that are resolved at a time."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds of a `Retry-After` that are heeded at most."""
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-
-
-class Refused(Exception):
-    """A target this mesh does not call.
-
-    Args:
-        message: Why.
-        final: Whether the URL alone says so, so that trying again cannot help.
-    """
-
-    def __init__(self, message: str, *, final: bool) -> None:
-        super().__init__(message)
-        self.final = final
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +46,6 @@ class Answer:
     """Seconds the receiver asked to be left alone."""
 
 
-def is_public(address: str) -> bool:
-    """Whether an address is a public unicast one, also where an IPv4 address hides in an IPv6 one."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(found, ipaddress.IPv6Address):
-        if found in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
-        if found.ipv4_mapped is not None:
-            return is_public(str(found.ipv4_mapped))
-        if found.sixtofour is not None or found.teredo is not None:
-            return False
-    return found.is_global and not (
-        found.is_private
-        or found.is_loopback
-        or found.is_link_local
-        or found.is_multicast
-        or found.is_reserved
-        or found.is_unspecified
-    )
-
-
 def check_url(url: str, *, allow_private: bool) -> str:
     """The host of a webhook's URL. Refused if the URL alone shows that it is not to be called."""
     parts = urlsplit(url)
@@ -97,37 +56,9 @@ def check_url(url: str, *, allow_private: bool) -> str:
         return host
     if parts.scheme != "https":
         raise Refused("the URL is not https, and this mesh pushes only over TLS (push.allow_private)", final=True)
-    if _is_address(host) and not is_public(host):
+    if address_of(host) is not None and not is_public(host):
         raise Refused(f"{host} is not a public address (push.allow_private)", final=True)
     return host
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-class SystemResolver:
-    """The system's resolver, in threads of its own: a slow name server delays nothing else."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="push-resolver")
-
-    async def __call__(self, host: str, port: int) -> list[str]:
-        """The host's addresses, each once, in the system's order."""
-
-        def look_up() -> list[str]:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            return list(dict.fromkeys(str(info[4][0]) for info in found))
-
-        return await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
-
-    def close(self) -> None:
-        """Start no further look-up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
@@ -261,7 +192,7 @@ class Poster:
     ) -> None:
         self._allow_private = allow_private
         self._timeout = timeout
-        self._system = SystemResolver() if resolve is None else None
+        self._system = SystemResolver("push-resolver") if resolve is None else None
         backend = CheckedBackend(resolve or self._system or SystemResolver(), allow_private=allow_private)
         # Without httpx's client, which follows redirects, uses proxies, and writes whole URLs into the log.
         self._transport = CheckedTransport(backend, tls or httpx.create_ssl_context())
