@@ -169,14 +169,17 @@ result = [tried(connect), tried(send)]
 
 async def test_a_fork_bomb_is_bounded_and_swept_away(stage: Any, level: str, marked: Any) -> None:
     server = await stage.runner(sandbox={"processes": 40}, timeout=2, env=MARK)
-    code = """
+    # Where nothing but a look now and then bounds it, its children do not fork as well: others use this machine too.
+    also = "True" if level == "sandlock" else "False"
+    code = f"""
 import os, time
 if os.getpid() != os.getpgid(0):
     os.setsid()
-end = time.monotonic() + 3
+end = time.monotonic() + 2
 while time.monotonic() < end:
     try:
-        os.fork()
+        if os.fork() == 0 and not {also}:
+            break
     except OSError:
         time.sleep(0.01)
 time.sleep(60)
@@ -192,6 +195,8 @@ time.sleep(60)
 
     await eventually(over, timeout=20)
     await asyncio.wait((call,))
+    assert not call.cancelled()
+    assert call.exception() is None or isinstance(call.exception(), ToolError)
     if level == "sandlock":  # it is not ended for that, but gets no more
         assert most <= 45
     else:

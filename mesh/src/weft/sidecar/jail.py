@@ -10,6 +10,7 @@ their memory, and kills all of it when the server ends or uses too much. Linux o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -164,16 +165,32 @@ def in_sandlock(rules: dict[str, Any], command: list[str]) -> Callable[[], int |
 def limit(rules: dict[str, Any]) -> None:
     """What the kernel keeps of a single process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for which, key, factor in (
-        (resource.RLIMIT_CPU, "cpu", 1),
-        (resource.RLIMIT_NOFILE, "files", 1),
-        (resource.RLIMIT_DATA, "memory", 1),
+    for which, key in (
+        (resource.RLIMIT_CPU, "cpu"),
+        (resource.RLIMIT_NOFILE, "files"),
+        (resource.RLIMIT_DATA, "memory"),
     ):
         if rules.get(key):
             most = resource.getrlimit(which)[1]
-            value = rules[key] * factor
+            value = rules[key]
             value = value if most == resource.RLIM_INFINITY else min(value, most)
             resource.setrlimit(which, (value, value))
+    if rules["processes"] and rules["level"] != "sandlock" and os.geteuid():
+        # Of all the user's processes; the superuser has no such limit, and is only looked after.
+        value = processes_of(os.geteuid()) + rules["processes"]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NPROC, (value, value))
+
+
+def processes_of(user: int) -> int:
+    """How many processes a user has."""
+    count = 0
+    for name in os.listdir("/proc"):  # noqa: PTH208 - as in `below`
+        try:
+            count += name.isdigit() and os.stat(f"/proc/{name}").st_uid == user  # noqa: PTH116
+        except OSError:
+            continue
+    return count
 
 
 def used() -> tuple[int, int]:
