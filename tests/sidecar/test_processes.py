@@ -15,18 +15,13 @@ from weft.client.tools import ToolClient, ToolRequest
 from weft.core.home import process_started
 from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
-from weft.testing.agents import Process, eventually
+from weft.testing.agents import eventually, sidecar_process
 from weft.testing.broker import BrokerMesh
 from weft_protocols.errors import ToolError, Unavailable
 
 pytestmark = pytest.mark.anyio
 
 BAD = Path(__file__).with_name("badserver.py")
-
-
-def sidecar_process(mesh: BrokerMesh) -> Process:
-    settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": "sidecar", "WEFT_GRACE": "5"}
-    return Process(("-m", "weft.sidecar"), ready="ready", env=settings)
 
 
 class World:
@@ -65,7 +60,7 @@ def gone(pid: int) -> bool:
 
 
 async def test_a_sidecar_that_is_told_to_leave_lets_calls_end_and_takes_its_servers_along(world: World) -> None:
-    async with sidecar_process(world.mesh) as process:
+    async with sidecar_process(world.mesh, env={"WEFT_GRACE": "5"}) as process:
         await world.do("nothing")
         call = asyncio.create_task(world.do("wait", 1))
         await eventually(lambda: (world.state / "waiting").exists())
