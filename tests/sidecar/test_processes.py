@@ -97,3 +97,23 @@ async def test_two_sidecars_share_the_calls_and_one_goes_on_when_the_other_dies(
             except ToolError:  # one that was under way at the one that died
                 lost += 1
         assert lost == 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_thousand_calls_leak_no_process_descriptor_or_megabyte(world: World) -> None:
+    async with sidecar_process(world.mesh) as process:
+        proc = Path(f"/proc/{process.pid}")
+
+        def taken() -> tuple[int, int, int]:
+            resident = int((proc / "statm").read_text().split()[1]) * 4096
+            return len(list((proc / "fd").iterdir())), len(world.servers()), resident
+
+        for _ in range(200):
+            await world.do("progress", 2)
+        before = taken()
+        for _ in range(1000):
+            await world.do("progress", 2)
+        after = taken()
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 1024 * 1024

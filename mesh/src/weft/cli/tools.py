@@ -318,6 +318,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
 
     from weft.core.serverjson import read_server_json
     from weft.core.toolsconf import ToolServer, checked
+    from weft.sidecar.settings import limits_of
     from weft_protocols.errors import UsageError
 
     given = [bool(words), bool(options["url"]), options["source"] is not None]
@@ -326,6 +327,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
     env = dict(_pair(one, one) for one in options["env"])
     headers = dict(_pair(one, "") for one in options["header"])
     settings = {key: _json(value, key) for key, value in (_pair(one, "") for one in options["setting"])}
+    limits_of(settings)
     if options["source"] is not None:
         server = read_server_json(options["source"], name)
         server = replace(server, env={**server.env, **env}, headers_env={**server.headers_env, **headers})
