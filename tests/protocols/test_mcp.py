@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,3 +70,10 @@ def test_header_values_come_back_and_are_fit_for_a_header(value: str) -> None:
     assert encoded.isascii()
     assert encoded == encoded.strip()
     assert mcp.decode_value(encoded) == value
+
+
+def test_a_name_that_is_not_unicode_is_refused() -> None:
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "\ud800", "_meta": META}}
+    subject = mcp.request_subject("me", "files", method="tools/call", name="x")
+    with pytest.raises(ToolError, match="not Unicode"):
+        mcp.inspect(subject, lower(mcp.request_headers("tools/call", "x", "r")), body)
