@@ -106,6 +106,7 @@ def test_the_first_server_that_is_added_starts_a_sidecar(project: Any, agent_sou
         (("add", "x", "--url", "ftp://x"), "no http or https address"),
         (("add", "x__y", "--url", "http://x/mcp"), "is not a name"),
         (("add", "x", "--url", "http://x/mcp", "--header", "Authorization=Bearer abc"), "the value never stands here"),
+        (("add", "x", "--url", "http://x/mcp", "--setting", "timout=3"), "did you mean 'timeout'"),
         (("call", "do"), "write server.tool"),
         (("call", "a.do", "what"), "is no argument"),
         (("call", "a.do", "n:=x"), "is not JSON"),

@@ -186,6 +186,18 @@ async def test_a_server_that_says_its_tools_changed_is_read_again(stage: Any) ->
 
 
 @anyio
+async def test_a_pin_that_was_read_earlier_does_not_take_the_place_of_a_later_one(stage: Any) -> None:
+    server = await stage.bad()
+    await stage.do(server, "nothing")
+    served = stage.service.plane.served(server)
+    served.repin(Pin(), served.pin_sequence)
+    await stage.do(server, "nothing")
+    served.repin(Pin(), served.pin_sequence + 1)
+    with pytest.raises(ToolError, match="quarantine"):
+        await stage.do(server, "nothing")
+
+
+@anyio
 async def test_hidden_characters_are_not_approved_by_themselves(stage: Any) -> None:
     server = await stage.bad()
     offers(stage, server, DO, tool("nice\u200b"), tool("pretty", "\x1b[8minvisible"))

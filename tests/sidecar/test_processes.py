@@ -15,7 +15,7 @@ from weft.client.tools import ToolClient, ToolRequest
 from weft.core.home import process_started
 from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
-from weft.testing.agents import Process, eventually
+from weft.testing.agents import eventually, sidecar_process
 from weft.testing.broker import BrokerMesh
 from weft_protocols.errors import ToolError, Unavailable
 
@@ -24,14 +24,13 @@ pytestmark = pytest.mark.anyio
 BAD = Path(__file__).with_name("badserver.py")
 
 
-def sidecar_process(mesh: BrokerMesh) -> Process:
-    settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": "sidecar", "WEFT_GRACE": "5"}
-    return Process(("-m", "weft.sidecar"), ready="ready", env=settings)
-
-
 class World:
-    def __init__(self, mesh: BrokerMesh, client: ToolClient, state: Path) -> None:
-        self.mesh, self.client, self.state = mesh, client, state
+    def __init__(self, mesh: BrokerMesh, client: ToolClient, state: Path, store: ToolStore) -> None:
+        self.mesh, self.client, self.state, self.store = mesh, client, state, store
+
+    async def register(self, *flags: str) -> None:
+        command = (sys.executable, "-S", str(BAD), str(self.state), *flags)
+        await self.store.register(ToolServer("bad", command=command))
 
     async def do(self, what: str, n: int = 1, *, heard: Any = None) -> str:
         params = {"name": "do", "arguments": {"what": what, "n": n}, "_meta": {"progressToken": 1}}
@@ -49,10 +48,11 @@ async def world(fresh_mesh: BrokerMesh, tmp_path: Path) -> AsyncIterator[World]:
         operator, local = await fresh_mesh.connect("operator"), await fresh_mesh.connect("local")
         for broker in (operator, local):
             stack.push_async_callback(broker.close)
-        await ToolStore(operator).register(ToolServer("bad", command=(sys.executable, "-S", str(BAD), str(tmp_path))))
         client = await ToolClient(local).start()
         stack.push_async_callback(client.aclose)
-        yield World(fresh_mesh, client, tmp_path)
+        world = World(fresh_mesh, client, tmp_path, ToolStore(operator))
+        await world.register()
+        yield world
 
 
 def gone(pid: int) -> bool:
@@ -60,7 +60,7 @@ def gone(pid: int) -> bool:
 
 
 async def test_a_sidecar_that_is_told_to_leave_lets_calls_end_and_takes_its_servers_along(world: World) -> None:
-    async with sidecar_process(world.mesh) as process:
+    async with sidecar_process(world.mesh, env={"WEFT_GRACE": "5"}) as process:
         await world.do("nothing")
         call = asyncio.create_task(world.do("wait", 1))
         await eventually(lambda: (world.state / "waiting").exists())
@@ -71,7 +71,9 @@ async def test_a_sidecar_that_is_told_to_leave_lets_calls_end_and_takes_its_serv
     assert all(gone(pid) for pid in world.servers())
 
 
-async def test_what_a_killed_sidecar_ran_ends_with_it(world: World) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a server has to notice that its input ended")
+async def test_what_a_killed_sidecar_ran_ends_with_it_even_if_it_ignores_everything(world: World) -> None:
+    await world.register("--stubborn")
     async with sidecar_process(world.mesh) as process:
         await world.do("nothing")
         process.kill()
@@ -95,3 +97,23 @@ async def test_two_sidecars_share_the_calls_and_one_goes_on_when_the_other_dies(
             except ToolError:  # one that was under way at the one that died
                 lost += 1
         assert lost == 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_thousand_calls_leak_no_process_descriptor_or_megabyte(world: World) -> None:
+    async with sidecar_process(world.mesh) as process:
+        proc = Path(f"/proc/{process.pid}")
+
+        def taken() -> tuple[int, int, int]:
+            resident = int((proc / "statm").read_text().split()[1]) * 4096
+            return len(list((proc / "fd").iterdir())), len(world.servers()), resident
+
+        for _ in range(200):
+            await world.do("progress", 2)
+        before = taken()
+        for _ in range(1000):
+            await world.do("progress", 2)
+        after = taken()
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 1024 * 1024

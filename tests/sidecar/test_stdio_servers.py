@@ -63,6 +63,15 @@ async def test_a_request_arrives_as_it_was_sent_and_its_result_as_it_came(stage:
     assert {key: sent["_meta"][key] for key in meta} == meta
 
 
+async def test_a_server_of_the_earlier_era_gets_nothing_of_the_later_one(stage: Any) -> None:
+    server = await stage.bad("--legacy")
+    result = await stage.do(server, "meta", _meta={"own/key": 1}, requestState="s", unknown=[1])
+    sent = result["structuredContent"]
+    assert sent["_meta"] == {"own/key": 1}
+    assert sent["unknown"] == [1]
+    assert "requestState" not in sent
+
+
 async def test_progress_comes_with_the_callers_own_token_and_in_order(stage: Any) -> None:
     server = await stage.bad()
     heard: list[tuple[str, dict[str, Any]]] = []

@@ -233,6 +233,8 @@ def inspect(subject: str, headers: Mapping[str, str], body: Any) -> Inbound:
         raise ToolError("a request has an id, and an object as its params", code=INVALID_REQUEST)
     method = body["method"]
     name = name_of(method, params)
+    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise ToolError("the name is not Unicode", code=INVALID_REQUEST)
     _agree("method", method, subject=target.method, header=headers.get(METHOD_HEADER.lower()))
     if name_token(name) != target.name:
         raise _mismatch("name", f"the subject has {target.name!r}, the body {name[:80]!r}")

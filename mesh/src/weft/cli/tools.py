@@ -320,6 +320,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
     from weft.core.serverjson import read_server_json
     from weft.core.toolsconf import ToolServer, checked
     from weft.sidecar.guards import guards_of
+    from weft.sidecar.settings import limits_of
     from weft_protocols.errors import UsageError
 
     given = [bool(words), bool(options["url"]), options["source"] is not None]
@@ -328,6 +329,8 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
     env = dict(_pair(one, one) for one in options["env"])
     headers = dict(_pair(one, "") for one in options["header"])
     settings = {key: _json(value, key) for key, value in (_pair(one, "") for one in options["setting"])}
+    limits_of(settings)
+    guards_of(settings)
     if options["source"] is not None:
         server = read_server_json(options["source"], name)
         server = replace(server, env={**server.env, **env}, headers_env={**server.headers_env, **headers})
@@ -335,9 +338,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
         server = ToolServer(name, command=tuple(words), url=options["url"], env=env, headers_env=headers)
     cwd = options["cwd"] or (str(Path.cwd()) if server.command else "")
     trust = "approve" if options["approve_nothing"] else "first-use"
-    made = checked(replace(server, cwd=cwd, era=options["era"], trust=trust, settings=settings))
-    guards_of(settings, "settings")
-    return made
+    return checked(replace(server, cwd=cwd, era=options["era"], trust=trust, settings=settings))
 
 
 def _pair(text: str, default: str) -> tuple[str, str]:

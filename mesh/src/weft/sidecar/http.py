@@ -66,15 +66,13 @@ class HttpLink:
         self._count += 1
         ident = f"w{self._count}"
         out, token = with_token(params, ident)
-        subscription = headers.get("subscription", ident) if method == "subscriptions/listen" else None
 
         def hear(name: str, said: dict[str, Any]) -> None:
-            (heard or self._on_event)(name, restored(said, token=token, subscription=subscription))
+            (heard or self._on_event)(name, restored(said, token))
 
         body = {"jsonrpc": "2.0", "id": ident, "method": method, "params": out}
-        sent = {name: value for name, value in headers.items() if name != "subscription"}
         try:
-            message = await self._exchange(ident, body, hear, sent)
+            message = await self._exchange(ident, body, hear, headers)
         except httpx2.HTTPError as error:
             raise LinkEnded(f"{self._url}: {error or type(error).__name__}") from None
         except asyncio.CancelledError:
@@ -83,7 +81,8 @@ class HttpLink:
                 self._tasks.start(self.notify(CANCELLED, told))
             raise
         if isinstance(message.get("result"), dict):
-            return restored(message["result"], token=None, subscription=subscription)
+            found: dict[str, Any] = message["result"]
+            return found
         raise error_from(message.get("error"))
 
     async def notify(self, method: str, params: Mapping[str, Any]) -> None:

@@ -67,15 +67,20 @@ def with_token(params: Mapping[str, Any], token: str | int) -> tuple[dict[str, A
     return {**params, "_meta": {**meta, "progressToken": token}}, theirs
 
 
-def restored(params: Any, *, token: str | int | None, subscription: str | int | None) -> dict[str, Any]:
-    """A notification's params with the caller's own progress token and subscription id in it again."""
+def restored(params: Any, token: str | int | None) -> dict[str, Any]:
+    """A notification's params with the caller's own progress token in them again; None if it had none."""
     made = dict(params) if isinstance(params, dict) else {}
     if token is not None and "progressToken" in made:
         made["progressToken"] = token
-    meta = made.get("_meta")
-    if subscription is not None and isinstance(meta, dict) and META_SUBSCRIPTION in meta:
-        made["_meta"] = {**meta, META_SUBSCRIPTION: subscription}
     return made
+
+
+def known_as(message: Mapping[str, Any], ident: str | int) -> dict[str, Any]:
+    """Params or a result of a subscription with the id by which the caller knows it."""
+    meta = message.get("_meta")
+    if not isinstance(meta, dict) or META_SUBSCRIPTION not in meta:
+        return dict(message)
+    return {**message, "_meta": {**meta, META_SUBSCRIPTION: ident}}
 
 
 def answer_to(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from weft.sidecar.backend import Request
 from weft.sidecar.events import Events
 from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
-from weft.sidecar.link import Heard
+from weft.sidecar.link import Heard, known_as
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
@@ -97,6 +97,7 @@ class Plane:
         self._follower = Follower(broker, TOOL_CHANGES, self._look)
         self._aggregate = Aggregate(self)
         self._tasks = Tasks("tool plane")
+        self._ending = Tasks("ends of tool servers")
 
     async def start(self) -> None:
         """Read what is registered, and follow it from now on. Raises Unavailable if it cannot be read."""
@@ -118,6 +119,7 @@ class Plane:
         async with asyncio.TaskGroup() as group:
             for one in served:
                 group.create_task(one.aclose())
+            group.create_task(self._ending.idle())  # to the end of each: a process must not outlive it
 
     @property
     def servers(self) -> dict[str, Served]:
@@ -209,11 +211,9 @@ class Plane:
 
     async def _forward(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         headers = {**request.extra, **param_headers(call)}
-        if call.method in ENDLESS:
-            headers["subscription"] = str(request.id)
         async with served.upstream.borrowed() as session:
-            if call.method in ENDLESS and not session.identity.modern:
-                return await self._hear_of(session, call, request, heard)
+            if call.method in ENDLESS:
+                return await self._listen(session, call, request, heard)
             try:
                 return await self._call(session, call, heard, headers)
             except asyncio.CancelledError:
@@ -227,6 +227,16 @@ class Plane:
             # Who may see it is decided for each caller, so that nobody may keep it for others.
             result = {**result, "cacheScope": "private"}
         return result
+
+    async def _listen(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
+        """A subscription, known to the caller by its own id."""
+        if not session.identity.modern:
+            return await self._hear_of(session, call, request, heard)
+
+        def told(method: str, params: dict[str, Any]) -> None:
+            heard(method, known_as(params, request.id))
+
+        return known_as(await session.call(call.method, call.params, heard=told), request.id)
 
     async def _hear_of(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         """A subscription to a server of the earlier era: what it says by itself."""
@@ -254,7 +264,7 @@ class Plane:
         changed = {name for name, one in self._served.items() if registered.get(name) != one.server}
         for name in (changed | unpinned) & self._served.keys():
             gone = self._served.pop(name)
-            self._tasks.start(gone.aclose(), name=f"end of {name}")
+            self._ending.start(gone.aclose(), name=f"end of {name}")
             log.info("tool server %s: %s", name, "changed" if name in registered else "removed")
         for name, server in registered.items():
             sequence, pin = self._pins.get(name, (0, None))

@@ -66,8 +66,8 @@ class _Pending:
     heard: Heard | None
     token: str | int | None
     """The caller's progress token."""
-    subscription: str | int | None = None
-    """The id by which the caller knows its subscription, where the request is one."""
+    endless: bool = False
+    """Whether it is a subscription."""
 
 
 class StdioLink:
@@ -131,15 +131,12 @@ class StdioLink:
         self._count += 1
         ident = self._count
         out, token = with_token(params, ident)
-        pending = _Pending(asyncio.get_running_loop().create_future(), heard, token)
-        if method == "subscriptions/listen":
-            # Whoever forwards one says by which id its own caller knows it.
-            pending.subscription = headers.get("subscription", ident)
+        endless = method == "subscriptions/listen"
+        pending = _Pending(asyncio.get_running_loop().create_future(), heard, token, endless)
         self._pending[ident] = pending
         try:
             await self._write({"jsonrpc": "2.0", "id": ident, "method": method, "params": out})
-            result = await pending.done
-            return restored(result, token=None, subscription=pending.subscription)
+            return await pending.done
         except asyncio.CancelledError:
             if method != "initialize" and not self.ended.is_set():
                 self._tasks.start(self.notify(CANCELLED, {"requestId": ident, "reason": "the caller left"}))
@@ -235,14 +232,14 @@ class StdioLink:
             ident = made["_meta"][META_SUBSCRIPTION]
             pending = self._pending.get(ident) if isinstance(ident, int) else None
         elif method == "notifications/message":
-            calls = [one for one in self._pending.values() if one.subscription is None]
+            calls = [one for one in self._pending.values() if not one.endless]
             pending = calls[0] if len(calls) == 1 else None
             if pending is None:
                 return
         if pending is None:
             self._on_event(method, made)
         elif pending.heard is not None:
-            pending.heard(method, restored(made, token=pending.token, subscription=pending.subscription))
+            pending.heard(method, restored(made, pending.token))
 
     async def _answer(self, message: dict[str, Any]) -> None:
         try:
