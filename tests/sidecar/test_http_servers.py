@@ -67,7 +67,7 @@ async def test_a_lost_session_of_the_earlier_era_is_made_anew(stage: Any, everyt
 @pytest.mark.parametrize("ident", ["mine", 7])
 async def test_a_subscription_is_known_by_the_callers_own_id(stage: Any, everything: str, ident: str | int) -> None:
     name = unique_name("web")
-    await stage.register(ToolServer(name, url=everything))
+    await stage.register(ToolServer(name, settings=LOCAL, url=everything))
     heard: list[tuple[str, dict[str, Any]]] = []
     wanted = {"notifications": {"toolsListChanged": True}}
     request = ToolRequest(name, "subscriptions/listen", wanted, id=ident)
