@@ -34,6 +34,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
@@ -65,6 +66,12 @@ class Entry:
     headers: Mapping[str, str]
     """Lower-case names."""
     data: bytes = b""
+
+    @property
+    def stored(self) -> float:
+        """When the broker stored it, unix seconds by the broker's clock; 0 where it is not told."""
+        told = self.headers.get("nats-time-stamp", "")
+        return datetime.fromisoformat(told).timestamp() if told else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +232,7 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
         elif parsed.kind == "claim":
             task.claims.append(entry)
         elif parsed.kind == "event":
-            task.events += _events(entry)
+            task.events += events_of(entry)
         elif parsed.kind == "step":
             task.steps[parsed["key"]].append(entry)
     found.tasks = len(tasks)
@@ -240,7 +247,7 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
     return tasks
 
 
-def _events(entry: Entry) -> Iterable[Entry]:
+def events_of(entry: Entry) -> Iterable[Entry]:
     """The events of one message, each with the message's condition."""
     if "weft-group" not in entry.headers:
         return [entry]
