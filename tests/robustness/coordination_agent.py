@@ -5,10 +5,15 @@ What a lock protects is a file that takes no token older than the last one it sa
 
 import asyncio
 import fcntl
+import functools
 import os
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import ParamSpec
 
-from weft import Agent, DeadlockError, RetryPolicy, Task
+from weft import Agent, DeadlockError, LockLost, RetryPolicy, Task
+
+P = ParamSpec("P")
 
 NAME = os.environ["WEFT_IDENTITY"]
 LEASE = 1.5
@@ -37,6 +42,20 @@ def use(name: str, token: int, task: Task) -> bool:
     return accepted
 
 
+def insist(handler: Callable[P, Coroutine[None, None, str]]) -> Callable[P, Coroutine[None, None, str]]:
+    """Do it again where a lock was lost, which a host takes for the end of a task."""
+
+    @functools.wraps(handler)
+    async def insisting(*args: P.args, **kwargs: P.kwargs) -> str:
+        while True:
+            try:
+                return await handler(*args, **kwargs)
+            except LockLost:
+                await asyncio.sleep(0.05)
+
+    return insisting
+
+
 async def hold(task: Task, *names: str, seconds: float, reentrant: bool = False) -> None:
     """Lock, stay inside for a while, and then use what is locked without looking whether it still is."""
     async with task.lock(*names, wait=None, lease=LEASE, reentrant=reentrant) as lock:
@@ -58,6 +77,7 @@ async def cross(task: Task, first: str, second: str, seconds: float) -> None:
 if NAME == "teller":
 
     @agent.skill()
+    @insist
     async def move(task: Task, first: str, second: str, seconds: float, insist: bool = False) -> str:
         """Two locks, one after the other: what gives way is tried again, by itself or by its host."""
         while True:
@@ -70,12 +90,14 @@ if NAME == "teller":
                 return f"moved from {first} to {second}"
 
     @agent.skill()
+    @insist
     async def both(task: Task, names: list[str], seconds: float, reentrant: bool = False) -> str:
         """Several at once."""
         await hold(task, *names, seconds=seconds, reentrant=reentrant)
         return "both"
 
     @agent.skill()
+    @insist
     async def look(task: Task, names: list[str], seconds: float) -> str:
         """Shared: it changes nothing."""
         async with task.lock(names, mode="shared", wait=None, lease=LEASE):
@@ -86,6 +108,7 @@ if NAME == "teller":
 if NAME == "boss":
 
     @agent.skill()
+    @insist
     async def manage(task: Task, own: str, other: str, seconds: float) -> str:
         """A lock, and a child that needs another one, which may be what another boss holds."""
         async with task.lock(own, wait=None, lease=LEASE):
@@ -93,6 +116,7 @@ if NAME == "boss":
             return (await task.delegate("teller", {"names": [other], "seconds": seconds}, skill="both")).text
 
     @agent.skill()
+    @insist
     async def lend(task: Task, own: str, seconds: float) -> str:
         """A lock that its child re-enters."""
         async with task.lock(own, wait=None, lease=LEASE):
@@ -100,6 +124,7 @@ if NAME == "boss":
             return (await task.delegate("teller", message, skill="both")).text
 
     @agent.skill()
+    @insist
     async def fan(task: Task, names: list[str], seconds: float, need: int) -> str:
         """Children of which only the first ones count."""
         work = [
@@ -109,6 +134,7 @@ if NAME == "boss":
         return f"{len(await task.gather(*work, wait=need))} of {len(work)}"
 
     @agent.skill()
+    @insist
     async def consult(task: Task, own: str, seconds: float) -> str:
         """A question, long enough to leave memory, then a sleep, then a child in order."""
         answer = await task.ask("may I?")
@@ -120,6 +146,7 @@ if NAME == "boss":
 if NAME == "clerk":
 
     @agent.skill()
+    @insist
     async def file(task: Task, n: int, name: str, seconds: float, sleeps: bool) -> str:
         """Steps around a lock, in the order of the context."""
         await task.step("before", str, n)

@@ -54,7 +54,7 @@ class Plan:
     settle: float = 30.0
     """Seconds in which the rest must have ended after that."""
     in_flight: int = 16
-    calm: tuple[float, float] = (0.6, 1.6)
+    calm: tuple[float, float] = (0.8, 2.2)
     """Seconds between two faults, at least and at most."""
     freeze: tuple[float, float] = (3.0, 8.0)
     """Seconds a process stands still."""
@@ -249,7 +249,7 @@ async def running(folder: Path, seed: int) -> AsyncIterator[tuple[BrokerMesh, Pr
 
 
 async def settled(mesh: BrokerMesh, processes: Processes, operator: Broker, within: float) -> float:
-    """Wait until nothing holds, waits or is at work; the seconds it took, which are more than `within` if it did not."""
+    """Wait until nothing holds, waits or is at work; the seconds it took, at least `within` where it did not."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     reader = await mesh.connect("coordinator")
@@ -332,7 +332,7 @@ async def survives(folder: Path, plan: Plan) -> None:
 
 @pytest.mark.timeout(150)
 async def test_coordination_keeps_its_laws_in_a_short_storm(tmp_path: Path) -> None:
-    await survives(tmp_path, Plan(tasks=120, within=75.0))
+    await survives(tmp_path, Plan(tasks=90, within=75.0))
 
 
 @pytest.mark.soak

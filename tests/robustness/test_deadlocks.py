@@ -156,6 +156,44 @@ async def test_three_agents_that_lock_and_delegate_in_a_circle_end_well(fresh_me
         assert "gives way" in await process.said("deadlock:")
 
 
+async def test_parents_that_hold_what_each_others_children_need_both_end_well_though_one_gave_its_child_up(
+    fresh_mesh: BrokerMesh,
+) -> None:
+    """Whoever gives way is tried again by its host, and then has another child: the one it dropped was cancelled."""
+    barrier = Barrier(2)
+    left, right, child = weft.Agent("left"), weft.Agent("right"), weft.Agent("child")
+    attempts: list[str] = []
+
+    @child.skill()
+    async def use(task: weft.Task, name: str) -> str:
+        async with task.lock(name, wait=None):
+            return f"used {name}"
+
+    async def manage(task: weft.Task, own: str, other: str) -> str:
+        async with task.lock(own, wait=None):
+            attempts.append(own)
+            await barrier.reached()
+            return (await task.delegate("child", other)).text
+
+    left.skill()(manage)
+    right.skill()(manage)
+    async with stage(fresh_mesh, left, right, child) as (caller, _, operator):
+        handles = [
+            await caller.submit("left", {"own": "a", "other": "b"}),
+            await caller.submit("right", {"own": "b", "other": "a"}),
+        ]
+        async with asyncio.timeout(30):
+            assert [(await handle.result()).text for handle in handles] == ["used b", "used a"]
+        told = await found(operator)
+        assert {edge[0] for edge in told["last"][0]["cycle"]} == {"left", "right", "child"}
+        assert sorted(edge[2] for edge in told["last"][0]["cycle"]) == ["child", "child", "lock", "lock"]
+        agents = {edge[1]: edge[0] for edge in told["last"][0]["cycle"]}
+        victims = {agents[one["victim"]] for one in told["last"]}
+        assert victims <= {"left", "right"}, "a child holds nothing that anybody waits for"
+        assert len(attempts) == 2 + told["count"]
+        assert (await coordinator.call(operator, "locks"))["locks"] == []
+
+
 async def test_whoever_waits_with_another_branch_that_goes_on_is_left_alone(fresh_mesh: BrokerMesh) -> None:
     """Two tasks wait for each other's lock, but one of them lets go by itself, from a branch that still works."""
     barrier = Barrier(3)

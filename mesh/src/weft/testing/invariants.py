@@ -2,13 +2,14 @@
 
 Of every task:
 
-1. A task that was accepted is in the log, created by exactly one message.
+1. A task that was accepted is in the log, created by exactly one message. One that its sender cancelled before
+   having sent it has none, and nothing but that end.
 2. It has exactly one terminal event, once nothing runs any more.
 3. No event and no step record is stored after the terminal event.
 4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
    takeover, where the old owner's last events were lost.
 5. A step key has one record, those aside whose last one counts (the list of children, the question that
-   waits, the agent a delegation goes to, what is to be rolled back, an agent's notes).
+   waits, the agent a delegation goes to, how often it was dropped, what is to be rolled back, an agent's notes).
 6. Every event and step was written by the owner: under the claim that was the last one when it was stored. Two
    kinds of events expect the event before them instead, which shows that nobody wrote since: `working` at the
    beginning of a later attempt, by a replica that had claimed, and what is sent again after its own claim was
@@ -43,13 +44,13 @@ from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidName, WeftError
 from weft_protocols.events import read_stored
-from weft_protocols.records import ASKING_KEY, CHILDREN_KEY, HELD, ROLLBACK_KEY, ROUTE_KEY, Claim
+from weft_protocols.records import AGAIN_KEY, ASKING_KEY, CHILDREN_KEY, HELD, ROLLBACK_KEY, ROUTE_KEY, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, END_LABELS, MESSAGE, State, may_follow
 
 LAST_COUNTS: Final = (CHILDREN_KEY, ASKING_KEY, ROLLBACK_KEY)
 """Step keys whose last record counts."""
-LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-")
+LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-", f"{AGAIN_KEY}-")
 """How further such keys begin."""
 PAGE: Final = 500
 """Messages read at a time."""
@@ -260,8 +261,14 @@ def events_of(entry: Entry) -> Iterable[Entry]:
 
 
 def _created_once(task: _Task) -> Iterable[tuple[int, str]]:
-    if len(task.creations) != 1:
+    if len(task.creations) != 1 and not (not task.creations and _only_cancelled(task)):
         yield 1, f"is created by {len(task.creations)} messages: {[entry.seq for entry in task.creations]}"
+
+
+def _only_cancelled(task: _Task) -> bool:
+    """Whether a cancel came before a message that then was not sent: its sender had gone on without the task."""
+    states = [event.headers.get("weft-state") for event in task.events]
+    return states == ["canceled"] and bool(task.claims) and all(_claim(entry).message == 0 for entry in task.claims)
 
 
 def _ends_once(task: _Task) -> Iterable[tuple[int, str]]:
