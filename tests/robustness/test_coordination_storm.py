@@ -332,7 +332,7 @@ async def survives(folder: Path, plan: Plan) -> None:
 
 @pytest.mark.timeout(150)
 async def test_coordination_keeps_its_laws_in_a_short_storm(tmp_path: Path) -> None:
-    await survives(tmp_path, Plan(tasks=90, within=75.0))
+    await survives(tmp_path, Plan(tasks=60, within=75.0))
 
 
 @pytest.mark.soak

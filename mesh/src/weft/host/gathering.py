@@ -129,7 +129,8 @@ async def _drop(run: Run, item: Awaitable[Any]) -> None:
     elif known is not None:
         first = message_id_of(run, known, 0)
         for agent in {child.agent for child in run.children.values() if child.message_id == first}:
-            last = message_id_of(run, known, await times_dropped(run, agent, known))
-            for task_id in [task_id for task_id, child in run.children.items() if child.message_id == last]:
+            times = await times_dropped(run, agent, known)
+            last = {message_id_of(run, known, n) for n in (max(0, times - 1), times)}  # it may be dropped and not told
+            for task_id in [task_id for task_id, child in run.children.items() if child.message_id in last]:
                 await run.cancel_child(task_id, LOST)
     close(run, (item,))
