@@ -198,7 +198,8 @@ class Callers:
     def wanted(self, i: int) -> tuple[str, str, dict[str, Any], str | None]:
         """Agent, skill, message and context of a task."""
         first, second, third = self.dice.sample(LOCKS, 3)
-        seconds = round(self.dice.uniform(0.02, 0.2), 3)
+        # Some stay inside for long, so that who is frozen often holds something.
+        seconds = round(self.dice.uniform(*((0.02, 0.2) if self.dice.random() < 0.7 else (0.5, 1.0))), 3)
         context = f"context-{self.dice.randrange(CONTEXTS)}"
         pair = {"own": first, "other": second, "seconds": seconds}
         filed = {"n": i, "name": first, "seconds": seconds / 2, "sleeps": self.dice.random() < 0.3}

@@ -234,7 +234,7 @@ class _Replay:
             if other is passing or other.token or other.asked > passing.asked or not passing.excludes(other):
                 continue
             self._report.passed += 1
-            if passing.task not in self._waited_for(other, commit.stored):
+            if passing.task not in self._waited_for(other, commit.stored, passing=passing):
                 self._broken(1, f"event {number}: {passing.id} passes {other.id}, which asked before")
 
     # Deadlocks ---------------------------------------------------------------------------------
@@ -293,8 +293,11 @@ class _Replay:
     def _of(self, task: str) -> list[Request]:
         return [request for request in self.locks.known.values() if request.task == task]
 
-    def _waited_for(self, request: Request, now: float) -> set[str]:
-        """Tasks that must go on before a request can be granted: holders, who is before it, and their children."""
+    def _waited_for(self, request: Request, now: float, *, passing: Request) -> set[str]:
+        """Tasks that must go on before a request can be granted: holders, who is before it, and their children.
+
+        As it was before `passing` passed it.
+        """
         found: set[str] = set()
         requests, left = [request], list[str]()
         while requests or left:
@@ -303,7 +306,7 @@ class _Replay:
                 blocking = [
                     other.task
                     for other in self.locks.known.values()
-                    if other is not one and one.excludes(other) and (other.token or other.asked < one.asked)
+                    if other not in (one, passing) and one.excludes(other) and (other.token or other.asked < one.asked)
                 ]
                 left += [task for task in blocking if task not in found]
                 continue
