@@ -97,6 +97,12 @@ if NAME == "teller":
         return "both"
 
     @agent.skill()
+    async def dawdle(task: Task) -> str:
+        """Ends only when it is cancelled."""
+        await task.sleep(3600)
+        return "nobody waits that long"
+
+    @agent.skill()
     @insist
     async def look(task: Task, names: list[str], seconds: float) -> str:
         """Shared: it changes nothing."""
@@ -132,6 +138,12 @@ if NAME == "boss":
             for n, name in enumerate(names, 1)
         ]
         return f"{len(await task.gather(*work, wait=need))} of {len(work)}"
+
+    @agent.skill()
+    async def strand(task: Task) -> str:
+        """Children that end only when they are cancelled."""
+        await task.gather(*(task.delegate("teller", "go", skill="dawdle") for _ in range(2)))
+        return "nobody waits that long"
 
     @agent.skill()
     @insist

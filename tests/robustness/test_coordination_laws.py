@@ -1,6 +1,7 @@
 """The laws of coordination find what they say they find: sound logs pass, and each law fails on logs that break it."""
 
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_a_task_that_begins_before_the_one_before_it_ended_breaks_law_6() -> Non
     log.says(LATER, 1, "completed")
     assert numbers(found(log, [], ordered=["a"])) == {6}
     assert numbers(found(log, [])) == set()
+
+
+def test_a_task_that_is_cancelled_in_the_queue_breaks_no_law_and_hides_none() -> None:
+    log = Log()
+    for task in (OTHER, CHILD, LATER):
+        log.accepted(task)
+    # The one in between was not begun: somebody claimed it for its cancel, without its message.
+    cancels = Claim("r2", "1", 1, caller="local", origin="o", context="", slice="07", message=0)
+    (claim,) = [n for n, entry in enumerate(log.entries) if entry.subject == subjects.claim("a", CHILD)]
+    log.entries[claim] = replace(log.entries[claim], data=cancels.encode())
+    log.says(CHILD, 1, "canceled")
+    log.says(OTHER, 1, "completed")
+    log.says(LATER, 1, "completed")
+    (broken,) = found(log, [], ordered=["a"]).violations
+    assert LATER in broken
+    assert OTHER in broken
 
 
 @pytest.mark.parametrize(("ended", "broken"), [(12.0, set()), (45.0, {7}), (None, {7, 9})])

@@ -152,7 +152,8 @@ class Callers:
         until = asyncio.get_running_loop().time() + self.plan.within
         agent, skill, message, context = self.wanted(i)
         message_id = f"{self.seed}-{i}"
-        patience = self.dice.uniform(0.1, 3.0) if self.dice.random() < 0.12 else None
+        cancelled = self.dice.random() < 0.1 or skill == "strand"
+        patience = self.dice.uniform(0.1, 3.0) if cancelled else None
         for _ in range(2 if self.dice.random() < 0.1 else 1):
             while True:
                 try:
@@ -211,9 +212,10 @@ class Callers:
             ("boss", "lend", {"own": first, "seconds": seconds}, None),
             ("boss", "fan", {"names": [first, second, third], "seconds": seconds, "need": 1 + i % 2}, None),
             ("boss", "consult", {"own": first, "seconds": seconds}, None),
+            ("boss", "strand", {}, None),
             ("clerk", "file", filed, context),
         ]
-        return self.dice.choices(kinds, (4, 2, 1, 4, 1, 2, 1, 4))[0]
+        return self.dice.choices(kinds, (4, 2, 1, 4, 1, 2, 1, 1, 4))[0]
 
 
 def uses_in(folder: Path) -> list[Use]:
