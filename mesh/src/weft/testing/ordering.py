@@ -21,7 +21,7 @@ class Span:
     context: str
     accepted: int
     begun: int = 0
-    """Its first claim on its message, before its end; 0 if there is none. To cancel what waits for its turn begins nothing."""
+    """Its first claim on its message, before its end; 0 if there is none. A cancel in the queue begins nothing."""
     ended: int = 0
     """Its terminal event; 0 if there is none."""
 
