@@ -6,13 +6,11 @@ All of it can be done again by a later attempt: the child's id is derived, the c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgpack
 from a2a.types import a2a_pb2 as pb
 
 from weft.client import content
@@ -26,12 +24,10 @@ from weft_protocols import headers as h
 from weft_protocols.errors import (
     A2AError,
     AgentNotFound,
-    BrokerError,
     CircuitOpen,
     DeadlineExceeded,
     DeadlockError,
     DelegationLoop,
-    Fenced,
     StepChanged,
     TaskCanceled,
     TaskEnded,
@@ -44,8 +40,6 @@ from weft_protocols.parts import Part, TaskView
 from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
-DROPPED: Final = "its parent does not wait for it any more"
-"""Why a child is cancelled."""
 PATIENCE: Final = 5.0
 """Seconds a child has beyond its deadline for its host's own word on it."""
 ASKED_BY: Final = "weft.asked_by"
@@ -98,8 +92,6 @@ class Delegation:
         self._digest = order.digest
         self._dead = False
         """Whether the child that ended last left a dead letter."""
-        self._times = 0
-        """How often earlier attempts dropped their child."""
 
     async def result(self) -> TaskView:
         """The child's result; raises what `Task.delegate` does."""
@@ -133,7 +125,7 @@ class Delegation:
         """Send a child and follow it to where it stops."""
         run, order = self._run, self._order
         left = self._time_left()
-        message_id = message_id_of(run, order.key, await self._times_dropped(agent))
+        message_id = ids.child_message_id(run.task_id, order.key)
         child_id = ids.task_id(run.mesh.caller, agent, message_id)
         headers = self._headers(agent, known=child_id in run.children)
         child = run.children.get(child_id)
@@ -147,7 +139,7 @@ class Delegation:
         except (asyncio.CancelledError, DeadlockError):
             self._choice.nothing_learned(agent)
             if run.stop is None:
-                await self._drop(agent, child_id)
+                await run.cancel_child(child_id, "its parent does not wait for it any more")
             raise
         except DeadlineExceeded:
             self._choice.learned(agent, failed=True)
@@ -160,26 +152,6 @@ class Delegation:
         self._choice.learned(agent, failed=self._dead or late)
         child.done = view.state.terminal
         return view, task
-
-    async def _drop(self, agent: str, child_id: str) -> None:
-        """Nobody waits for a child any more. A later attempt does not take its end for a result, but sends another."""
-        run = self._run
-        with contextlib.suppress(Fenced, BrokerError):  # then this attempt is over, and the child is found again
-            await run.journal.replace(again_key(agent, self._order.key), bytes(msgpack.packb(self._times + 1)))
-        await run.cancel_child(child_id, DROPPED)
-
-    async def _times_dropped(self, agent: str) -> int:
-        """How often earlier attempts dropped their child; they may have had no time to tell the last one."""
-        run, key = self._run, self._order.key
-        self._times = 0
-        if ids.task_id(run.mesh.caller, agent, message_id_of(run, key, 0)) not in run.children:
-            return 0
-        self._times = await times_dropped(run, agent, key)
-        if self._times:
-            last = ids.task_id(run.mesh.caller, agent, message_id_of(run, key, self._times - 1))
-            if last in run.children:
-                await run.cancel_child(last, DROPPED)
-        return self._times
 
     async def _sent(
         self, agent: str, message_id: str, *, headers: dict[str, str], until: float | None
@@ -269,22 +241,6 @@ class Delegation:
             message.metadata.CopyFrom(answer.metadata)
         with run.waits.working():
             await handle.reply(pb.SendMessageRequest(message=message))
-
-
-def again_key(agent: str, key: str) -> str:
-    """Key of the record that says how often a delegation's child was dropped."""
-    return f"{records.AGAIN_KEY}-{ids.digest(f'{agent} {key}'.encode())[:32]}"
-
-
-async def times_dropped(run: Run, agent: str, key: str) -> int:
-    """How often a delegation's child was dropped."""
-    stored = await run.journal.read(again_key(agent, key))
-    return int(msgpack.unpackb(stored.data)) if stored is not None else 0
-
-
-def message_id_of(run: Run, key: str, times: int) -> str:
-    """The messageId of a delegation's child after it was dropped so often."""
-    return ids.child_message_id(run.task_id, f"{key} again {times}" if times else key)
 
 
 def _said(view: TaskView) -> str:

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 
 import msgpack
 
-from weft.host.child import message_id_of, times_dropped
 from weft.host.run import Run
+from weft_protocols import ids
 from weft_protocols.errors import BrokerError, Fenced, UsageError
 
 Wait = Literal["all", "first"] | int
@@ -127,10 +127,7 @@ async def _drop(run: Run, item: Awaitable[Any]) -> None:
         for inner in known:
             await _drop(run, inner)
     elif known is not None:
-        first = message_id_of(run, known, 0)
-        for agent in {child.agent for child in run.children.values() if child.message_id == first}:
-            times = await times_dropped(run, agent, known)
-            last = {message_id_of(run, known, n) for n in (max(0, times - 1), times)}  # it may be dropped and not told
-            for task_id in [task_id for task_id, child in run.children.items() if child.message_id in last]:
-                await run.cancel_child(task_id, LOST)
+        message_id = ids.child_message_id(run.task_id, known)
+        for task_id in [task_id for task_id, child in run.children.items() if child.message_id == message_id]:
+            await run.cancel_child(task_id, LOST)
     close(run, (item,))

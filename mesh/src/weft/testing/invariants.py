@@ -9,7 +9,7 @@ Of every task:
 4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
    takeover, where the old owner's last events were lost.
 5. A step key has one record, those aside whose last one counts (the list of children, the question that
-   waits, the agent a delegation goes to, how often it was dropped, what is to be rolled back, an agent's notes).
+   waits, the agent a delegation goes to, what is to be rolled back, an agent's notes).
 6. Every event and step was written by the owner: under the claim that was the last one when it was stored. Two
    kinds of events expect the event before them instead, which shows that nobody wrote since: `working` at the
    beginning of a later attempt, by a replica that had claimed, and what is sent again after its own claim was
@@ -44,13 +44,13 @@ from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidName, WeftError
 from weft_protocols.events import read_stored
-from weft_protocols.records import AGAIN_KEY, ASKING_KEY, CHILDREN_KEY, HELD, ROLLBACK_KEY, ROUTE_KEY, Claim
+from weft_protocols.records import ASKING_KEY, CHILDREN_KEY, HELD, ROLLBACK_KEY, ROUTE_KEY, Claim
 from weft_protocols.resources import STREAM
 from weft_protocols.states import BY_LABEL, END_LABELS, MESSAGE, State, may_follow
 
 LAST_COUNTS: Final = (CHILDREN_KEY, ASKING_KEY, ROLLBACK_KEY)
 """Step keys whose last record counts."""
-LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-", f"{AGAIN_KEY}-")
+LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-")
 """How further such keys begin."""
 PAGE: Final = 500
 """Messages read at a time."""
