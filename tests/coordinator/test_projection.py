@@ -299,6 +299,8 @@ async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(fresh_stage
     before = await everything(stage, *sent[:-2])
     inode = (tmp_path / "1.db").stat().st_ino
     made: list[Sent] = []
+    told: set[str] = set()
+    running.coordinator.tail.on_change(lambda moved: told.update(one.task for one in moved if one.ended))
     stopping = False
 
     async def load() -> None:
@@ -319,6 +321,7 @@ async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(fresh_stage
     assert (tmp_path / "1.db").stat().st_ino != inode
     assert await everything(stage, *sent[:-2]) == before
     assert (await stage.list("caller-0")).total_size == len(made)
+    assert told >= {one.task for one in made}
     assert running.errors == []
     await stage.stop(running)
     assert consistent(tmp_path / "1.db")[1] == len(sent) + len(made)

@@ -158,7 +158,8 @@ class Control(_Record):
     """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave.
 
     `ping` asks nothing: its sender is told by the broker when nobody listens.
-    `turn` says that a task of a context has ended for which another one may be waiting.
+    `turn` says that a task of a context has ended for which another one may be waiting. `lock`, `deadlock`, `waiting?`
+    and `resync` are a coordinator's, about locks and waits; their content is in `data`.
     """
 
     op: str

@@ -71,6 +71,8 @@ class Edge:
     """Name of the lock, else the id of the task waited for."""
     holder: str
     """Id of the task that holds it, or that is waited for."""
+    held: bool = True
+    """False where that task does not hold the lock, but waits for it in front of this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class WaitGraph:
                 str(one["kind"]),
                 str(one["target"]),
                 str(one.get("holder") or one["target"]),
+                one.get("held") is not False,
             )
             for one in told.get("edges") or ()
         )
