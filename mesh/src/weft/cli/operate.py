@@ -1,6 +1,4 @@
-"""What the operator's commands have in common: a connection of the operator, a group with a default, how tasks and
-times are said and shown.
-"""
+"""What the operator's commands have in common: a connection, a group with a default, how times and tasks are shown."""
 
 from __future__ import annotations
 
