@@ -22,6 +22,21 @@ PUSH_KEEP: Final = 30 * 86_400.0
 """Seconds a push notification config is kept after it was last set."""
 PUSH_JOBS: Final = 1_000_000
 """Deliveries under way, waiting for an event or for their next attempt. Each counts until its task has ended."""
+POLICY: Final = "MESH_POLICY"
+"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
+POLICY_VERSIONS: Final = "mesh.policy.version"
+"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
+POLICY_STATE: Final = "mesh.policy.state"
+"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
+POLICY_SEEN: Final = "mesh.policy.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
+POLICY_CHANGES: Final = "mesh.policychange"
+"""Prefix under which the broker republishes what decides once it is stored."""
+RATES: Final = "MESH_RATES"
+"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
+RATE_PREFIX: Final = "mesh.rate"
+RATE_KEEP: Final = 31 * 86_400.0
+"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
 COORD: Final = "MESH_COORD"
 """What the coordinator decides; no account but MESH reaches it."""
 DECIDED: Final = "mesh.decided"
@@ -38,21 +53,16 @@ ARCHIVED: Final = "mesh.archived"
 """Subject of the sequence in `MESH` up to which messages may have left it: they are in the coordinators' files."""
 DUE_CONSUMER: Final = "due"
 """The consumer through which the leader starts scheduled tasks."""
-POLICY: Final = "MESH_POLICY"
-"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
-POLICY_VERSIONS: Final = "mesh.policy.version"
-"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
-POLICY_STATE: Final = "mesh.policy.state"
-"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
-POLICY_SEEN: Final = "mesh.policy.seen"
-"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
-POLICY_CHANGES: Final = "mesh.policychange"
-"""Prefix under which the broker republishes what decides once it is stored."""
-RATES: Final = "MESH_RATES"
-"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
-RATE_PREFIX: Final = "mesh.rate"
-RATE_KEEP: Final = 31 * 86_400.0
-"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
+TOOLS: Final = "MESH_TOOLS"
+"""Which tool servers exist, and what of their definitions was approved; no account but MESH reaches it."""
+TOOL_SERVERS: Final = "mesh.tools"
+"""Prefix of registrations: the last message on `mesh.tools.{server}` is what holds."""
+TOOL_PINS: Final = "mesh.pins"
+"""Prefix of pins: the last message on `mesh.pins.{server}` is what was approved."""
+TOOL_CHANGES: Final = "mesh.toolchange"
+"""Prefix under which the broker republishes both once they are stored."""
+TOOL_HISTORY: Final = 8
+"""Messages kept of each registration and pin."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -198,13 +208,13 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
         ),
         StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
         StreamSpec(
-            POLICY,
-            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
+            TOOLS,
+            (f"{TOOL_SERVERS}.*", f"{TOOL_PINS}.*"),
             replicas=replicas,
-            max_per_subject=1000,
-            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+            max_per_subject=TOOL_HISTORY,
+            discard="old",  # of a subject, its oldest makes room
+            republish=("mesh.>", f"{TOOL_CHANGES}.>"),
         ),
-        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
         StreamSpec(
             PUSH,
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),
@@ -212,6 +222,14 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             max_age=PUSH_KEEP,
             max_per_subject=1,
         ),
+        StreamSpec(
+            POLICY,
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_per_subject=1000,
+            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+        ),
+        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
     )
 
 

@@ -24,6 +24,8 @@ from weft_protocols.resources import (
     POLICY_SEEN,
     POLICY_STATE,
     POLICY_VERSIONS,
+    TOOL_PINS,
+    TOOLS,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ SMALLEST_ROOM: Final = 4096
 """Bytes of a message that are left for what is around a policy."""
 _NO_MESSAGE: Final = 10037
 _NO_STREAM: Final = 10059
-_PINS: Final = ("MESH_TOOLS", "mesh.pins")
 _LARGEST_PIN: Final = 32 * 1024 * 1024
 
 
@@ -177,7 +178,7 @@ def _version(number: int, data: bytes) -> Version:
 async def registered(broker: Broker) -> Catalog:
     """The definitions that are approved of every registered tool server."""
     try:
-        found = await Latest(broker, *_PINS).all()
+        found = await Latest(broker, TOOLS, TOOL_PINS).all()
     except ApiError as error:
         if error.err_code == _NO_STREAM:
             return Catalog()

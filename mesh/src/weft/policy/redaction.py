@@ -69,7 +69,7 @@ class Redactor:
 
     def text(self, text: str, found: Redacted | None = None) -> str:
         """`text` without it. The very same object if there is nothing to take out."""
-        found = found if found is not None else Redacted()
+        found, given = found if found is not None else Redacted(), text
         for secret in self._known:
             if secret in text:
                 found.counts["secret"] += text.count(secret)
@@ -88,7 +88,9 @@ class Redactor:
                 if not digits:
                     continue
             text = _replaced(pattern, text, found)
-        return self._decoded(text, found) if self._secret_keys and len(text) >= 24 else text
+        if self._secret_keys and len(text) >= 24:
+            text = self._decoded(text, found)
+        return given if text == given else text
 
     def value(self, value: Any, found: Redacted | None = None) -> Any:
         """A JSON value without it, keys included. The very same object if there is nothing to take out."""
