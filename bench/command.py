@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import idle, leader, report, roundtrip, suspended, takeover
+from bench import idle, leader, policy, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended")
+CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "policy")
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -84,6 +84,8 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await leader.run(options.events)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
+        elif case == "policy":
+            results[case] = policy.run()
         elif case == "suspended":
             results[case] = await suspended.run(options.suspended)
         else:

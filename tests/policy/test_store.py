@@ -178,7 +178,7 @@ async def test_new_definitions_are_taken_over(fresh_mesh: BrokerMesh, operator: 
         await ready.wait()
         assert "definition is not known" in policy.decide(call(5)).why
         known[0] = catalog
-        follower.recompile()
+        await follower.recompile()
         assert policy.decide(call(5)).allow
         running.cancel()
     await broker.close()
