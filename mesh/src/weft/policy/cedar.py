@@ -72,7 +72,7 @@ def validate(rules: Sequence[Json], schema: str) -> list[tuple[int, str]]:
     found = []
     for error in result.errors:
         if not error.policy_id:
-            raise ValueError(f"the schema of the tools is not accepted: {error.error}")
+            raise InvalidConfig(f"the schema of the tools is not accepted: {error.error}")
         # Cedar's own names of the rules say nothing here.
         found.append((int(by_id[error.policy_id]), error.error.removeprefix(f"for policy `{error.policy_id}`, ")))
     return found
