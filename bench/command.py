@@ -15,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import idle, leader, policy, report, roundtrip, suspended, takeover
+from bench import graph, idle, leader, locks, policy, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "policy")
+CASES: Final = (
+    "roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph", "policy",
+)  # fmt: skip
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--suspended", type=int, default=10_000, help="tasks of suspended (default %(default)d)")
     made.add_argument("--events", type=int, default=100_000, help="of leader (default %(default)d)")
     made.add_argument("--finished", type=int, default=100_000, help="tasks of history (default %(default)d)")
+    made.add_argument("--waiting", type=int, default=100_000, help="tasks of graph (default %(default)d)")
     made.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default %(default)s")
     made.add_argument("--save", action="store_true", help="write bench/results/<time>.json as well")
     return made
@@ -86,6 +89,10 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await idle.run(max(3, options.repetitions))
         elif case == "policy":
             results[case] = policy.run()
+        elif case == "graph":
+            results[case] = graph.run(options.waiting)
+        elif case == "locks":
+            results[case] = await locks.run()
         elif case == "suspended":
             results[case] = await suspended.run(options.suspended)
         else:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -122,10 +120,10 @@ async def _graph(loaded: Broker, names: Sequence[str], *, edges: int) -> AsyncIt
     session = {"replica": "loader", "held": [], "waiting": [], "waits": len(waits)}
     for at in range(0, len(waits), AT_ONCE):
         body = {"replica": "loader", "set": waits[at : at + AT_ONCE], "clear": []}
-        known = await coordinator.call(loaded, "waits", body, timeout=20.0)
+        await coordinator.call(loaded, "waits", body, timeout=20.0)
     told = await coordinator.call(loaded, "session", session)
     if told["resync"]:
-        raise RuntimeError(f"{known['known']} of {len(waits)} waits arrived")
+        raise RuntimeError(f"not all of {len(waits)} waits arrived")
     yield {"tasks": tasks, "edges": made, "loaded_s": time.monotonic() - start}
 
 
@@ -143,7 +141,3 @@ async def _sent(sender: Broker, count: int) -> list[str]:
                 subject = subjects.task(LOADED, ids.slice_of(names[-1]), "local", names[-1])
                 group.create_task(sender.publish(subject, body, headers=block))
     return names
-
-
-if __name__ == "__main__":
-    print(json.dumps(asyncio.run(run(tasks=int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)), indent=2))

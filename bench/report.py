@@ -28,7 +28,9 @@ def table(results: dict[str, Any]) -> str:
         ("leader", _leader),
         ("idle", _idle),
         ("suspended", _suspended),
+        ("locks", _locks),
         ("history", _history),
+        ("graph", _graph),
         ("policy", _policy),
     ):
         if case in results:
@@ -137,6 +139,35 @@ def _suspended(result: dict[str, Any]) -> Iterable[str]:
     yield f"Suspended: {tasks} tasks wait for one time; all out of memory {result['parked_s']:.1f} s after the first"
     yield f"  agent {agent[0]:.0f} to {agent[1]:.0f} MB, coordinator {leader[0]:.0f} to {leader[1]:.0f} MB"
     yield f"  all ended {result['woken_s']:.1f} s after that time, {tasks / result['woken_s']:,.0f} a second"
+
+
+def _locks(result: dict[str, Any]) -> Iterable[str]:
+    alone, together = result["alone"], result["together"]
+    yield f"Locks: {alone['count']} taken and given back one after the other, p99 {alone['p99_ms']:.2f} ms"
+    yield _goal("taken alone, p50 in ms", alone["p50_ms"], 2.0, less=True)
+    yield _goal(f"{together['waiters']} tasks on one name: taken and given back a second", together["rate"], 1_500)
+    for name, found in (("nothing else waits", result["deadlock_empty"]), ("a full graph", result["deadlock_full"])):
+        said = f"p50 {found['p50_ms']:.1f} ms, max {found['max_ms']:.1f} ms"
+        yield f"  deadlock, from its last wait until a task is told, {name}: {said}, {found['count']} found"
+    full = result["deadlock_full"]
+    yield _goal(f"{full['tasks']} tasks and {full['edges']} edges: p99 in ms", full["p99_ms"], 25.0, less=True)
+
+
+def _graph(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Locks and deadlocks decided: {result['tasks']} tasks, {result['edges']} edges; µs of CPU"
+    yield f"{'':26} {'mean':>8} {'p50':>8} {'p99':>8} {'max':>8}"
+    for what, told in (
+        ("add", "a wait, while it fills"),
+        ("again", "a wait, with the graph full"),
+        ("remove", "the end of a wait"),
+        ("close", "a wait that closes a circle"),
+        ("handover", "release and next grant"),
+    ):
+        r = result[f"{what}_us"]
+        yield f"{told:26} {r['mean']:8.1f} {r['p50']:8.1f} {r['p99']:8.1f} {r['max']:8.0f}"
+    yield _ratio("the whole graph reduced, ms", result["sweep_ms"])
+    yield _ratio(f"{result['locks']} locks loaded, ms", result["load_ms"])
+    yield _goal("a wait, with the graph full: p99 in µs", result["again_us"]["p99"], 100.0, less=True)
 
 
 def _cpu(record: dict[str, Any]) -> float:

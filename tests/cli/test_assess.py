@@ -47,6 +47,15 @@ def test_a_silent_coordinator_is_down_and_the_rest_is_still_judged() -> None:
     assert "1/1 replicas ready" in checks["agent hello"].detail
 
 
+def test_a_standby_that_does_not_run_is_named_although_the_coordinator_answers() -> None:
+    standby = {**COORDINATOR, "name": "coordinator.2"}
+    assert "coordinator.2" not in found(replace(WELL, processes=(COORDINATOR, standby, PROCESS)))
+    failed = {**standby, "state": "failed", "reason": "exit code 2"}
+    checks = found(replace(WELL, processes=(COORDINATOR, failed, PROCESS)))
+    assert checks["coordinator"].status == OK
+    assert (checks["coordinator.2"].status, checks["coordinator.2"].next) == (DOWN, "mesh restart coordinator.2")
+
+
 def test_a_failed_coordinator_is_told_with_its_reason() -> None:
     failed = {**COORDINATOR, "state": "failed", "reason": "exit 1: no such module"}
     check = found(replace(WELL, agents=None, silence="nobody answers", processes=(failed, PROCESS)))["coordinator"]

@@ -33,7 +33,9 @@ def test_mesh_yaml_says_how_many_and_what_they_decide_by(tmp_path: Any) -> None:
     ]
 
 
-def test_two_coordinators_are_run_scaled_restarted_and_told_apart(project: Any, until: Callable[..., Any]) -> None:
+def test_two_coordinators_are_run_and_told_apart_and_one_replaces_the_other(
+    project: Any, until: Callable[..., Any]
+) -> None:
     project.write("name: two\ncoordinator: {replicas: 2}\n")
     project.mesh("up", "--detach", timeout=50)
     assert list(project.rows()) == ["broker", *COORDINATORS]
@@ -57,6 +59,11 @@ def test_two_coordinators_are_run_scaled_restarted_and_told_apart(project: Any, 
     until(other_leads)
     assert project.mesh("tasks", "list").err == "no tasks\n"
 
+
+@pytest.mark.soak
+def test_coordinators_are_scaled_and_restarted_one_by_one(project: Any) -> None:
+    project.write("name: two\ncoordinator: {replicas: 2}\n")
+    project.mesh("up", "--detach", timeout=50)
     assert "coordinator has 1 replica" in project.mesh("scale", "coordinator", "1").err
     assert list(project.rows()) == ["broker", "coordinator"]
     assert "use 1 to 16" in project.mesh("scale", "coordinator", "0", code=2).err
@@ -68,4 +75,3 @@ def test_two_coordinators_are_run_scaled_restarted_and_told_apart(project: Any, 
     assert list(after) == ["broker", *COORDINATORS]
     assert all(before[name]["pid"] != after[name]["pid"] for name in COORDINATORS)
     assert project.mesh("coordinator", "status", "-o", "json").json["coordinators"][0]["role"] == "leader"
-    project.mesh("down")

@@ -59,7 +59,7 @@ def wait(agent: str, task: str, kind: str, target: str, holder: str) -> dict[str
 
 
 GRAPH = {
-    "nodes": [{"task": A, "agent": "analyst"}, {"task": B, "agent": "writer"}, {"task": C, "agent": "bank"}],
+    "nodes": [{"task": A, "agent": "analyst"}, {"task": B, "agent": ""}, {"task": C, "agent": "bank"}],
     "edges": [
         wait("analyst", A, "lock", "crm/acme", B),
         wait("writer", B, "child", C, C),
@@ -100,8 +100,7 @@ def test_the_graph_marks_who_waits_for_each_other(mesh: Any, answers: dict[str, 
     assert "  waits for lock crm/acme, held by writer bbbbbbbb  [circle 1]" in shown
     assert "  waits for its child bank cccccccc  [circle 1]" in shown
     assert "circle 1:\n  analyst aaaaaaaa waits" in shown
-    assert "deadlock 9, 1m" in shown
-    assert "writer bbbbbbbb gave way" in shown
+    assert re.search(r"deadlock 9, \d+m\d\ds ago: writer bbbbbbbb gave way", shown)
     told = mesh.mesh("locks", "graph", "-o", "json").json
     assert [[edge["task"] for edge in knot] for knot in told["circles"]] == [[A, B, C]]
     assert told["deadlocks"]["count"] == 4

@@ -294,6 +294,23 @@ def test_who_waits_to_re_enter_goes_on_where_the_ancestor_waited_for_another_nam
     assert mesh.release(holder) == ["t1", "t2"]
 
 
+def test_among_those_who_re_enter_the_first_one_goes_first(mesh: Folded) -> None:
+    holder = mesh.ask("t2", "a")
+    mesh.ask("t1", "a", "b")
+    mesh.ask("t3", "b", reentrant=True)
+    again = mesh.ask("t1", "a", "b", reentrant=True)
+    assert mesh.release(holder) == ["t1", "t3"]
+    assert not again.held
+
+
+def test_who_re_enters_in_the_decision_that_grants_the_ancestor_has_its_token(mesh: Folded) -> None:
+    holder = mesh.ask("t4", "a", "b")
+    child = mesh.ask("t2", "a", mode="shared", reentrant=True)
+    parent = mesh.ask("t1", "a", "b", mode="shared")
+    assert mesh.release(holder) == ["t1", "t2"]
+    assert child.token == parent.token
+
+
 def test_an_exclusive_request_does_not_re_enter_a_shared_hold(mesh: Folded) -> None:
     holder = mesh.ask("t4", "a")
     mesh.ask("t1", "a", mode="shared")
@@ -621,5 +638,5 @@ class LockMachine(RuleBasedStateMachine):
         assert again.dump() == self.mesh.locks.dump(), "law 7"
 
 
-LockMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LockMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLocksKeepTheirLaws = LockMachine.TestCase

@@ -299,6 +299,8 @@ async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(fresh_stage
     before = await everything(stage, *sent[:-2])
     inode = (tmp_path / "1.db").stat().st_ino
     made: list[Sent] = []
+    told: set[str] = set()
+    running.coordinator.tail.on_change(lambda moved: told.update(one.task for one in moved if one.ended))
     stopping = False
 
     async def load() -> None:
@@ -319,6 +321,7 @@ async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(fresh_stage
     assert (tmp_path / "1.db").stat().st_ino != inode
     assert await everything(stage, *sent[:-2]) == before
     assert (await stage.list("caller-0")).total_size == len(made)
+    assert told >= {one.task for one in made}
     assert running.errors == []
     await stage.stop(running)
     assert consistent(tmp_path / "1.db")[1] == len(sent) + len(made)
@@ -363,36 +366,42 @@ ASKED = st.fixed_dictionaries(
 )
 
 
-def feed(index: TaskIndex, plan: list[tuple[str, str, int, str, int]], *, offset: int) -> None:
-    for n, (agent, caller, context, label, clock) in enumerate(plan, offset):
-        seq, time = 2 * n + 1, f"2026-01-01T00:00:{n % 60:02d}Z"
-        body = pb.SendMessageRequest(message=pb.Message(message_id=f"m{n}", context_id=f"c{context}"))
-        task = ids.task_id(caller, agent, f"m{n}")
-        subject = subjects.task(agent, "00", caller, task)
-        index.created(subject, seq, time=time, headers=None, data=body.SerializeToString())
+Plan = list[tuple[str, str, int, str, int]]
+
+
+def feed(index: TaskIndex, plan: Plan, *, again: Plan | None = None) -> None:
+    """New tasks, each perhaps with a first event; or a further event for those that `again` made."""
+    for n, (agent, caller, context, label, clock) in enumerate(plan):
+        seq = index.watermark.events + 1
+        time = f"2026-01-01T00:00:{seq % 60:02d}Z"
+        if again is None:
+            name = f"m{seq}"
+            body = pb.SendMessageRequest(message=pb.Message(message_id=name, context_id=f"c{context}"))
+            task = ids.task_id(caller, agent, name)
+            subject = subjects.task(agent, "00", caller, task)
+            index.created(subject, seq, time=time, headers=None, data=body.SerializeToString())
+        else:
+            known = sorted(index.visible("operator"), key=lambda one: one.first)
+            agent, caller, task = known[n % len(known)].agent, known[n % len(known)].caller, known[n % len(known)].task
         if label:
             event = pb.StreamResponse()
             event.status_update.status.timestamp.FromNanoseconds(clock * 1_000_000_000)
-            block = h.block(h.fields({h.EVENT: "1", h.STATE: label}))
+            block = h.block(h.fields({h.EVENT: "1" if again is None else "2", h.STATE: label}))
             subject = subjects.event(agent, task, caller, "o")
             index.happened(subject, seq + 1, time=time, headers=block, data=event.SerializeToString())
         index.watermark = Watermark(seq + 1, seq + 1)
 
 
-@settings(max_examples=40, deadline=None)
-@given(TASKS, TASKS, ASKED, st.sampled_from([*CALLERS, "operator"]), st.sampled_from(["_", "worker"]))
+@settings(max_examples=60, deadline=None)
+@given(TASKS, TASKS, TASKS, ASKED, st.sampled_from([*CALLERS, "operator"]), st.sampled_from(["_", "worker"]))
 def test_pages_out_of_the_file_are_those_of_the_model(
-    first: list[tuple[str, str, int, str, int]],
-    then: list[tuple[str, str, int, str, int]],
-    asked: dict[str, object],
-    caller: str,
-    agent: str,
+    first: Plan, change: Plan, then: Plan, asked: dict[str, object], caller: str, agent: str
 ) -> None:
     async def compare(folder: Path) -> None:
         async with opened(folder) as projection:
             index, token = projection.index, ""
-            for plan in (first, then):
-                feed(index, plan, offset=0 if plan is first else len(first))
+            for number, plan in enumerate((first, change, then)):
+                feed(index, plan if first else [], again=first if number == 1 else None)
                 await projection.store.write((), index.take_changes(), position=index.watermark.events)
                 request = pb.ListTasksRequest(page_token=token, **asked)  # type: ignore[arg-type]
                 query = listing.query(request, agent=agent, caller=caller)
@@ -408,7 +417,7 @@ def test_pages_out_of_the_file_are_those_of_the_model(
 
 async def test_every_page_is_found_by_an_index_alone(tmp_path: Path) -> None:
     async with opened(tmp_path) as projection:
-        feed(projection.index, [("worker", "local", 0, "completed", n) for n in range(50)], offset=0)
+        feed(projection.index, [("worker", "local", 0, "completed", n) for n in range(50)])
         await projection.store.write((), projection.index.take_changes(), position=100)
     connection = sqlite3.connect(tmp_path / "1.db")
     steps: list[str] = []

@@ -167,7 +167,11 @@ async def test_a_replay_has_the_same_winner_and_cancels_the_losers_that_were_lef
 # Cancelled at the same moment -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["the parent stops", "the parent's replica dies"])
+@pytest.mark.parametrize(
+    "dies",
+    [False, pytest.param(True, marks=pytest.mark.soak)],
+    ids=["the parent stops", "the parent's replica dies"],
+)
 async def test_a_child_that_is_sent_as_its_root_is_cancelled_does_not_escape(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:

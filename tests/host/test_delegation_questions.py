@@ -11,7 +11,7 @@ from weft.client.handle import Handle
 from weft.testing.agents import LocalReplica, Process, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft.testing.stored import StoredTask
-from weft.testing.watching import heard, settled
+from weft.testing.watching import heard, seen, settled
 from weft_protocols.records import SUSPENDED
 
 Unique = Callable[[str], str]
@@ -102,36 +102,63 @@ async def test_only_what_asks_is_in_memory_no_more_and_no_replica_that_dies_lose
                 assert stored.claims[-1][1].state == SUSPENDED
                 for one in replicas:
                     await one.crash()
-            await handle._mesh._follow_up(  # type: ignore[attr-defined]
-                root.name, handle.id, message=f"answer {n}", options={"context_id": handle.context_id}
-            )
+            await follow_up(handle, f"answer {n}")
         async with running(mesh, leaf, middle, root):
             await heard(handle, weft.State.COMPLETED, timeout=20)
             assert (await handle.result()).data == ["answer 0", "answer 1"]
             (await StoredTask.read(mesh, root.name, handle.id)).check()
 
 
-@pytest.mark.parametrize("dies", ["root", "leaf"])
-async def test_a_replica_that_dies_while_its_question_is_open_asks_nobody_twice(
-    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, coordinator: Process, dies: str
+async def test_a_parent_that_dies_while_its_question_is_open_asks_it_again_and_has_one_answer(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, coordinator: Process
 ) -> None:
-    """Fails if a question that is asked again after a takeover is taken for another one: it would be answered twice."""
     leaf = asker(unique("leaf"), count=2)
     root = passing(unique("root"), leaf.name)
-    async with running(mesh, leaf, root, replicas=2) as replicas, await caller.submit(root.name, "go") as handle:
-        await heard(handle, "go 0?")
-        named = {"root": root.name, "leaf": leaf.name}[dies]
-        (owner,) = [one for one in replicas if one.replica.agent.name == named and one.owned]
-        (other,) = [one for one in replicas if one.replica.agent.name == named and one is not owner]
-        await owner.crash()
-        await eventually(lambda: other.owned)
-        if dies == "root":
+    async with running(mesh, leaf), running(mesh, root, replicas=2) as roots:
+        async with await caller.submit(root.name, "go") as handle:
+            await heard(handle, "go 0?")
+            await next(one for one in roots if one.owned).crash()
             await heard(handle, lambda event: event.attempt == 2)
             await heard(handle, lambda event: event.text == "go 0?" and event.n > 3)
-        assert (await handle.send("first")).text == "go 1?"
-        assert (await handle.send("second")).data == ["first", "second"]
+            assert (await handle.send("first")).text == "go 1?"
+            assert (await handle.send("second")).data == ["first", "second"]
 
 
+async def test_a_question_that_a_child_asks_again_after_it_was_answered_is_not_asked_again(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """The child's replica died before it read the answer. Fails if a repeated question is taken for a new one."""
+    leaf = asker(unique("leaf"), count=2)
+    root = passing(unique("root"), leaf.name)
+    async with running(mesh, root), await caller.submit(root.name, "go") as handle:
+        async with running(mesh, leaf) as (first,):
+            view = await handle.result()
+            await first.crash()
+        child = view.metadata["weft.asked_by"].partition("/")[2]
+        await follow_up(handle, "one")
+
+        async def stored(texts: int) -> bool:
+            found = await StoredTask.read(mesh, leaf.name, child)
+            return sum(".input." in message.subject for message in found.messages) == texts
+
+        await eventually(lambda: stored(1))
+        async with running(mesh, leaf):
+            await heard(handle, "go 1?", timeout=20)
+            asked = await StoredTask.read(mesh, leaf.name, child)
+            assert asked.states.count("input-required") == 3, "it was asked again"
+            await follow_up(handle, "two")
+            await heard(handle, weft.State.COMPLETED)
+        questions = [event.text for event in seen(handle) if event.state is weft.State.INPUT_REQUIRED]
+        assert (questions, (await handle.result()).data) == (["go 0?", "go 1?"], ["one", "two"])
+
+
+async def follow_up(handle: Handle, text: str) -> None:
+    """Send an answer and do not wait for what comes of it."""
+    options = {"context_id": handle.context_id}
+    await handle._mesh._follow_up(handle.agent, handle.id, message=text, options=options)  # type: ignore[attr-defined]
+
+
+@pytest.mark.soak
 async def test_an_answer_that_was_recorded_and_not_sent_is_sent_by_the_next_replica(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, coordinator: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,9 +181,7 @@ async def test_an_answer_that_was_recorded_and_not_sent_is_sent_by_the_next_repl
     async with running(mesh, leaf, root, replicas=2) as started, await caller.submit(root.name, "go") as handle:
         replicas.extend(started)
         await handle.result()
-        await handle._mesh._follow_up(  # type: ignore[attr-defined]
-            root.name, handle.id, message="yes", options={"context_id": handle.context_id}
-        )
+        await follow_up(handle, "yes")
         await heard(handle, weft.State.COMPLETED, timeout=20)
         assert (await handle.result()).data == ["yes"]
         await settled(mesh, leaf.name)
@@ -182,6 +207,7 @@ async def test_children_that_ask_at_once_are_asked_one_after_the_other(
     stored.check()
 
 
+@pytest.mark.soak
 async def test_children_that_ask_at_once_get_their_own_answers_also_after_a_crash(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, coordinator: Process
 ) -> None:

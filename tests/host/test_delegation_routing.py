@@ -64,13 +64,13 @@ async def test_a_replay_sends_to_the_agent_that_was_chosen_first(
     """Fails if the choice is not recorded before the child is sent: the next attempt would have another child."""
     skill = unique("skill")
     first, second, parent = skilled(unique("a"), skill), skilled(unique("b"), skill), weft.Agent(unique("parent"))
-    reached = asyncio.Event()
+    reached, release = asyncio.Event(), asyncio.Event()
     children: set[tuple[str, str]] = set()
 
     @first.skill("hold")
     async def hold() -> None:
         reached.set()
-        await asyncio.Event().wait()
+        await release.wait()
 
     @parent.skill()
     async def work(task: weft.Task) -> str:
@@ -89,6 +89,7 @@ async def test_a_replay_sends_to_the_agent_that_was_chosen_first(
                 await coord.leave(one.replica.broker, first.name, one.id)
                 await next(one for one in parents if handle.id in one.owned).crash()
                 assert (await handle.result(30)).text == first.name
+                release.set()
     assert len(children) == 1
 
 

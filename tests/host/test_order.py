@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import weft
+from weft.host import turn
 from weft.host.waits import Wait, Waits
 from weft.testing.agents import ReplicaProcesses, client, coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh, start_test_mesh
@@ -79,7 +80,8 @@ async def ordered(mesh: BrokerMesh, unique: Unique, scratch: Scratch) -> AsyncIt
 
 
 @pytest.mark.parametrize(
-    ("contexts", "messages", "kills"), [(8, 5, 1), pytest.param(50, 10, 12, marks=pytest.mark.soak)]
+    ("contexts", "messages", "kills"),
+    [(8, 5, 1), pytest.param(50, 10, 12, marks=[pytest.mark.soak, pytest.mark.timeout(300)])],
 )
 async def test_the_order_holds_through_failures_retries_and_kills(
     mesh: BrokerMesh,
@@ -264,7 +266,8 @@ async def test_whom_a_task_waits_for_is_reported(mesh: BrokerMesh, caller: weft.
     assert told == [(two.id, (one.id,), True), (two.id, (one.id,), False)]
 
 
-async def test_without_a_coordinator_ordered_tasks_wait_and_nothing_is_lost() -> None:
+async def test_without_a_coordinator_ordered_tasks_wait_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn, "MOST", 0.2)
     agent = weft.Agent("patient", ordering="context")
 
     @agent.skill()

@@ -14,6 +14,7 @@ from weft.policy.compare import Recorded
 from weft.policy.engine import CedarEngine
 from weft.policy.model import Request
 from weft.policy.problems import InvalidPolicy
+from weft.policy.redaction import Redactor
 from weft_protocols.errors import InvalidConfig
 
 SMALL = """@id("small") @limit("10/m") @approval("ops")
@@ -144,14 +145,13 @@ def test_differences_are_by_rule(catalog: Catalog) -> None:
 
 
 def recorded(made: CedarEngine, request: Request, **more: Any) -> Recorded:
-    kept = {**compare.record(request, made.decide(request), made.needs(request)), **more}
+    kept = {**compare.record(request, made.decide(request)), **more}
     return Recorded.decode(json.loads(json.dumps({"kind": "call", "policy": kept})))
 
 
 def test_recorded_decisions_show_what_a_candidate_would_flip(catalog: Catalog) -> None:
     made = engine(SMALL, catalog)
     records = [recorded(made, call(amount)) for amount in (5, 50, 500)]
-    assert "note" not in records[0].request.arguments  # no rule reads it
     tighter = engine(SMALL.replace("100.0", "10.0"), catalog)
     result = compare.replay(tighter, tighter.needs, records)
     flips = [(one.kind, one.recorded.request.arguments["amount"]) for one in result.flips]
@@ -166,9 +166,22 @@ def test_recorded_decisions_show_what_a_candidate_would_flip(catalog: Catalog) -
 
 def test_a_record_whose_arguments_are_redacted_is_not_decided_anew(catalog: Catalog) -> None:
     made = engine(SMALL.replace("when", 'when { context.args.id != "x" } when'), catalog)
-    record = compare.record(call(5), made.decide(call(5)), made.needs(call(5)))
-    record["request"]["arguments"]["id"] = "[redacted:secret]"
-    assert compare.replay(made, made.needs, [Recorded.decode(record)]).redacted == 1
+    secret = Request("bob", "call", "crm", "update", {"id": "password=hunter2", "amount": 5, "note": "n" * 5000})
+    kept = compare.record(secret, made.decide(secret), redact=Redactor().value)
+    assert kept["request"]["arguments"] == {
+        "id": "password=[redacted:password]",
+        "amount": 5,
+        "note": "n" * 200 + "[redacted:4800 characters]",
+    }
+    assert compare.replay(made, made.needs, [Recorded.decode(kept)]).redacted == 1
+    other = engine(SMALL, catalog)  # reads the amount alone
+    assert compare.replay(other, other.needs, [Recorded.decode(kept)]).same == 1
+
+
+def test_a_candidate_may_read_what_the_active_policy_did_not(catalog: Catalog) -> None:
+    made = engine(SMALL, catalog)
+    other = engine(SMALL + "forbid(principal, action, resource) when { context.args has note };", catalog)
+    assert [one.kind for one in compare.replay(other, other.needs, [recorded(made, call(5))]).flips] == ["allow>deny"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from weft.core.config import load_mesh_config
+from weft.core.coordconf import CoordinatorConfig
 from weft.core.gatewayconf import GatewayConfig, OidcConfig, TokenConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -17,6 +18,7 @@ def test_the_commented_mesh_yaml_is_valid_and_has_every_setting() -> None:
     text = (DEPLOY / "mesh.yaml").read_text()
     config = load_mesh_config(DEPLOY / "mesh.yaml")
     assert (config.name, list(config.agents), config.callers) == ("demo", ["hello"], ("local",))
+    assert config.coordinator == CoordinatorConfig(1, "youngest", 20)
     for setting in ("port:", "durability:", "max_bytes:", "run:", "replicas:", "env:", "grace:"):
         assert setting in text, f"{setting} is missing from deploy/mesh.yaml"
 
@@ -32,7 +34,7 @@ def test_the_gateway_of_the_commented_mesh_yaml_is_the_default_but_for_its_ports
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-@pytest.mark.parametrize("name", ["weft-mesh@.service", "weft-gateway@.service"])
+@pytest.mark.parametrize("name", ["weft-mesh@.service", "weft-gateway@.service", "weft-coordinator@.service"])
 def test_the_systemd_unit_is_understood(tmp_path: Path, name: str) -> None:
     """systemd-analyze ends with 0 on keys it does not know, so what it says counts."""
     text = (DEPLOY / "systemd" / name).read_text()

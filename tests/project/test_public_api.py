@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "Fail",
     "File",
     "Handle",
+    "Lock",
     "LockLost",
     "LockTimeout",
     "Mesh",

@@ -8,6 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 import weft
@@ -60,7 +61,7 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         if importlib.util.find_spec(COMMANDS[words[1]]) is None:
             continue
         command = importlib.import_module(COMMANDS[words[1]]).command
-        if words[1] == "tasks" and len(words) > 2:
+        if isinstance(command, click.Group) and len(words) > 2 and words[2] in command.commands:
             command = command.commands[words[2]]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words[2:] if word.startswith("-")} <= known, line

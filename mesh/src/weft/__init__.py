@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weft.client.watch import Event
     from weft.host.agent import Agent
     from weft.host.breaker import BreakerPolicy
+    from weft.host.locking import Lock
     from weft.host.retry import RetryPolicy, StepOptions
     from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
@@ -51,6 +52,7 @@ _HOME = {
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
     "weft.host.breaker": ("BreakerPolicy",),
+    "weft.host.locking": ("Lock",),
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
     "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
@@ -97,6 +99,7 @@ __all__ = [
     "Fail",
     "File",
     "Handle",
+    "Lock",
     "LockLost",
     "LockTimeout",
     "Mesh",

@@ -163,10 +163,18 @@ class DeadlockError(WeftError):
 
     retryable = True
 
-    def __init__(self, message: str = "", *, cycle: tuple[CycleEdge, ...] = ()) -> None:
-        super().__init__(message or "deadlock: " + "; ".join(str(edge) for edge in cycle))
+    def __init__(self, message: str = "", *, cycle: tuple[CycleEdge, ...] = (), lasting: bool = False) -> None:
+        text = "deadlock: " + "; ".join(str(edge) for edge in cycle)
+        if lasting:
+            text += (
+                ". Another try would end the same, since who holds the lock waits for this task: ask for it with "
+                "reentrant=True, or release it before delegating"
+            )
+        super().__init__(message or text)
         self.cycle = cycle
         """The waits in order: each one's holder is the next one's task, and the last leads to the first."""
+        self.lasting = lasting
+        """Whether another try would end the same: the lock is held by a task that delegated this one."""
 
 
 class LockLost(WeftError):

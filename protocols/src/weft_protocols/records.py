@@ -68,7 +68,7 @@ class Claim(_Record):
     """Acknowledgement subject of the delivery this claim works on: how to hand the work back."""
     state: str = HELD
     waiting: str = ""
-    """Key of the question a suspended task waits on."""
+    """Key of what a suspended task waits on: of a question, if there is one."""
     at: int = 0
     """Unix milliseconds, for people; nothing is decided on it."""
     gave_way: int = 0
@@ -158,6 +158,8 @@ class Control(_Record):
     """A message on `mesh.ctl`: `input` hands a delivery over, `cancel` asks to stop, `drain` to finish and leave.
 
     `ping` asks nothing: its sender is told by the broker when nobody listens.
+    `turn` says that a task of a context has ended for which another one may be waiting. `lock`, `deadlock`, `waiting?`
+    and `resync` are a coordinator's, about locks and waits; their content is in `data`.
     """
 
     op: str

@@ -263,7 +263,8 @@ class WaitGraph:
         seen: set[Node] = {task}
         back = {task}
         for n, waited in enumerate(backward := [task]):  # both grow
-            for waiter in chain(awaited.get(waited, ()), behind(waited)):
+            others = behind(waited)
+            for waiter in chain(awaited.get(waited, ()), others) if others else awaited.get(waited, ()):
                 if waiter in seen:
                     return True
                 if waiter not in back:

@@ -168,9 +168,13 @@ class Locks:
         """The same, each with the name of the lock."""
         return [(name, node) for name in request.names for node in self._before(request, self._names[name])]
 
-    def behind(self, task: str) -> Iterator[str]:
+    def behind(self, task: str) -> Iterable[str]:
         """Tasks that wait for what a task holds, or behind it in a queue: at least all for which `before` tells it."""
-        for request in self._tasks.get(task, ()):
+        requests = self._tasks.get(task)
+        return self._behind(requests) if requests is not None else ()
+
+    def _behind(self, requests: list[Request]) -> Iterator[str]:
+        for request in requests:
             for name in request.names:
                 lock = self._names[name]
                 if not lock.waiting:
@@ -352,14 +356,14 @@ class Locks:
                 self._leave(r)
                 touched += r.names
             if first is not None:
-                self._take(first, taken, touched)
+                self._take(first, taken)
             done = len(taken)
-            for name in touched:  # grows: a grant lets those in who re-enter it
-                lock = self._names[name]
-                if lock.waiting:
-                    self._promote(lock, taken, touched)
+            for name in touched:
+                if self._names[name].waiting:
+                    self._promote(self._names[name], taken)
             if len(taken) - done > 1:
                 taken[done:] = sorted(taken[done:], key=_number)
+            self._reenter([*touched, *(name for r in taken for name in r.names)], taken)
             events += [(GRANTED, r.agent, r.request) for r in taken]
             if new is not None:
                 events.append((TAKEN if self._clear(new) else ASKED, *new.fields()))
@@ -373,22 +377,29 @@ class Locks:
                     self._hold(r)
                 r.state = state
 
-    def _promote(self, lock: _Name, taken: list[Request], touched: list[str]) -> None:
-        """Grant what is first in the queue of a lock, as far as it can be granted everywhere."""
+    def _promote(self, lock: _Name, taken: list[Request]) -> None:
+        """Grant what is first in the queue of a lock and can be granted everywhere, but for re-entrant requests."""
         writer = _first(lock.exclusive)
         if lock.shared and not lock.writers:
             limit = writer.number if writer is not None else NEW
             for r in lock.shared:
                 if r.number > limit:
                     break
-                if r.state == WAITING and self._clear(r):
-                    self._take(r, taken, touched)
-        if writer is not None and not lock.holders and self._clear(writer):
-            self._take(writer, taken, touched)
-        if lock.chained:
-            for r in _queue(lock):
-                if r.chain and r.state == WAITING and self._clear(r):
-                    self._take(r, taken, touched)
+                if r.state == WAITING and not r.chain and self._clear(r):
+                    self._take(r, taken)
+        if writer is not None and not lock.holders and not writer.chain and self._clear(writer):
+            self._take(writer, taken)
+
+    def _reenter(self, names: list[str], taken: list[Request]) -> None:
+        """Grant re-entrant requests, one by one: what one is granted lets others in or keeps them out."""
+        while True:
+            locks = [self._names[name] for name in dict.fromkeys(names) if self._names[name].chained]
+            waiting = sorted({r for lock in locks for r in _queue(lock) if r.chain}, key=_number)
+            request = next((r for r in waiting if self._clear(r)), None)
+            if request is None:
+                return
+            self._take(request, taken)
+            names += request.names
 
     def _clear(self, request: Request) -> bool:
         """Whether it can be granted: by the holders and by who came before, on each of its names."""
@@ -412,10 +423,9 @@ class Locks:
                         return False
         return True
 
-    def _take(self, request: Request, taken: list[Request], touched: list[str]) -> None:
+    def _take(self, request: Request, taken: list[Request]) -> None:
         self._hold(request)
         taken.append(request)
-        touched += [name for name in request.names if self._names[name].chained]
 
     # Folding -----------------------------------------------------------------------------------
 
@@ -534,8 +544,15 @@ class Locks:
                     lock.shared = kept
 
     def _insert(self, request: Request) -> None:
-        self._requests.setdefault(request.agent, {})[request.request] = request
-        self._tasks.setdefault(request.task, []).append(request)
+        requests = self._requests.get(request.agent)
+        if requests is None:
+            requests = self._requests[request.agent] = {}
+        requests[request.request] = request
+        tasks = self._tasks.get(request.task)
+        if tasks is None:
+            self._tasks[request.task] = [request]
+        else:
+            tasks.append(request)
         self._sessions.setdefault((request.agent, request.replica), {})[request] = None
 
     def _remove(self, request: Request) -> None:

@@ -28,9 +28,10 @@ from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler
+from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
+from weft_coordinator.service.standing import Standing
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.files import StateFile
@@ -134,8 +135,21 @@ class Coordinator:
         self.handback = HandBack(
             broker, index=self._index, tail=self.tail, reader=self._reader, leader=lambda: self.leader, clock=_now
         )
+        self._parts = self._make_parts(tasks)
+        self._leading: list[Subscription] = []
+        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
+        self._gate = Gate(self.settings)
+        self._requests = Tasks(f"requests of coordinator {self.id}")
+        self._subscriptions: list[Subscription] = []
+        self._again = asyncio.Event()
+        self._doubtful = False
+        self._max_bytes: int | None = None
+        self._started = _now()
+        self._answered = 0
+
+    def _make_parts(self, tasks: TaskReader) -> tuple[Part, ...]:
         ground = Ground(
-            broker=broker,
+            broker=self._broker,
             settings=self.settings,
             local=self.local,
             reader=self._reader,
@@ -148,17 +162,8 @@ class Coordinator:
             leader=self.leader,
             clock=_now,
         )
-        self._parts = (*make_parts(ground, self.states), self.archive, self.handback)
-        self._leading: list[Subscription] = []
-        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
-        self._gate = Gate(self.settings)
-        self._requests = Tasks(f"requests of coordinator {self.id}")
-        self._subscriptions: list[Subscription] = []
-        self._again = asyncio.Event()
-        self._doubtful = False
-        self._max_bytes: int | None = None
-        self._started = _now()
-        self._answered = 0
+        standing = Standing(self._facts, projection=lambda: self._operations.projection())
+        return (*make_parts(ground, self.states), self.archive, self.handback, standing)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.
@@ -356,6 +361,8 @@ class Coordinator:
             "epoch": self.leader.epoch,
             "decided": self._decided.number,
             "parked": len(self.states.parked),
+            "handed_back": self.handback.handed_back,
+            "host": socket.gethostname(),
         }
 
     # Serving -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from weft.core.supervise import Tasks
 from weft_coordinator.decide.found import FOUND, Deadlock, Deadlocks, plain
 from weft_coordinator.decide.graph import Core, Facts, Policy, WaitGraph, victim
+from weft_coordinator.decide.index import ANY_AGENT
 from weft_coordinator.decide.ledger import Event
 from weft_coordinator.decide.locks import Request
 from weft_coordinator.decide.parked import Parked, ParkedTasks
@@ -36,12 +37,12 @@ AGAIN: Final = (1.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds until a suspicion that was not confirmed is looked at again."""
 MAX_ASKED: Final = 64
 """Tasks beside a circle that are asked as well, because those in it could go on if they did."""
-SWEEP: Final = 60.0
-"""Seconds between two looks at the whole graph, for what single checks left out."""
-SWEPT: Final = 20_000
-"""Tasks up to which the whole graph is looked at without a reason."""
+PATROL: Final = 500
+"""Tasks looked at in each round, for what single checks left out."""
 MAX_WAITS: Final = 10_000
 """Waits of one message."""
+MAX_TOLD: Final = 100_000
+"""Waits of one replica that are known at a time; more are left out."""
 MAX_TARGETS: Final = 1_000
 SHOWN: Final = 500
 """Edges the operator is shown unless it asks for more."""
@@ -109,6 +110,7 @@ class Detector(Part):
         self._locks = shared.locks
         self._found = found
         self._find = shared.find
+        self._ancestors = shared.ancestors
         self._tail = shared.tail
         self._speaker = shared.speaker
         self._clock = shared.clock
@@ -126,7 +128,6 @@ class Detector(Part):
         """When a task was told to give way."""
         self._told: dict[tuple[str, str], float] = {}
         """When a wait was told to end that its replica has to end; one for a lock the coordinator ends itself."""
-        self._swept = 0.0
         self._tasks = Tasks("deadlocks", on_error=lambda _: None)
 
     def bind(self, decide: Decide, heard: Callable[[Key], None]) -> None:
@@ -178,11 +179,8 @@ class Detector(Part):
                     del self._doubts[key]
                 else:
                     self._suspect(core)
-        overdue = time - self._swept > SWEEP and len(self.graph) <= SWEPT
-        if self.graph.unchecked or overdue:
-            self._swept = time
-            for core in self.graph.sweep():
-                self._suspect(core)
+        for core in self.graph.patrol(PATROL):
+            self._suspect(core)
         self._chosen = {task: at for task, at in self._chosen.items() if time - at < REMEMBERED}
         self._told = {wait: at for wait, at in self._told.items() if time - at < REACTION}
 
@@ -271,7 +269,7 @@ class Detector(Part):
             log.debug("waits of %s are not known: %s", key, error)
 
     def _take(self, key: Key, told: Iterable[_Told]) -> None:
-        if not self._leader.leading:
+        if not self._leader.leading or self.told_by(key) > MAX_TOLD:
             return
         tasks: dict[str, None] = {}
         for one in told:
@@ -385,7 +383,8 @@ class Detector(Part):
         if any(now - self._told.get(one, -REACTION) < REACTION for one in zip(tasks, core.waits, strict=True)):
             self._doubt(core, 0)  # it was told, and has its time
             return
-        chosen = victim(core, self._facts(core), self._policy)
+        own = self._barred_by_its_own(core)
+        chosen = own or victim(core, self._facts(core), self._policy)
         place = tasks.index(chosen)
         edge, wait = core.cycle[place], core.waits[place]
         self._chosen[chosen] = now
@@ -398,7 +397,7 @@ class Detector(Part):
 
         def tell(answer: dict[str, Any] | WeftError) -> None:
             if owner is not None and not isinstance(answer, WeftError):
-                data = {"task": chosen, "wait": wait, "cycle": plain(core.cycle)}
+                data = {"task": chosen, "wait": wait, "cycle": plain(core.cycle), "lasting": bool(own)}
                 told = {**data, "request": wait, "state": "deadlock"} if lock else data
                 self._speaker.tell(owner, "lock" if lock else "deadlock", told)
 
@@ -410,6 +409,17 @@ class Detector(Part):
         for task in core.stuck:
             if task != chosen:
                 self._check(self.graph.check(task))
+
+    def _barred_by_its_own(self, core: Core) -> str:
+        """A task that waits for a lock of a task that delegated it and waits for it; empty if there is none.
+
+        Nobody else can end such a circle for good: whoever comes again finds it as it was.
+        """
+        for edge in core.cycle:
+            entry = self._find(edge.agent, edge.task) if edge.kind == "lock" else None
+            if entry is not None and edge.holder in self._ancestors(entry) and len(_locks_in(core)) == 1:
+                return edge.task
+        return ""
 
     def _facts(self, core: Core) -> dict[str, Facts]:
         """What the choice looks at. Who cannot be told, was told, or would free nothing by giving way comes last."""
@@ -447,13 +457,17 @@ class Detector(Part):
         limit = min(fields.number("limit", default=SHOWN), MAX_SHOWN)
         fields.check("graph")
         nodes: dict[str, str] = {}
-        edges: list[dict[str, str]] = []
+        edges: list[dict[str, Any]] = []
         # Those that wait for locks first: circles go through them.
         tasks = dict.fromkeys(request.task for request in self._locks.waiting())
         for wait, edge in itertools.islice(itertools.chain(self.graph.edges(tasks), self._others(tasks)), limit):
             nodes[edge.task] = edge.agent
-            nodes.setdefault(edge.holder or edge.target, "")
-            edges.append({"wait": wait, **asdict(edge)})
+            nodes.setdefault(edge.holder, "")
+            held = edge.kind != "lock" or any(r.task == edge.holder for r in self._locks.view(edge.target)[0])
+            edges.append({"wait": wait, **asdict(edge), "held": held})
+        for task in [task for task, agent in nodes.items() if not agent]:
+            entry = self._find(ANY_AGENT, task)
+            nodes[task] = entry.agent if entry is not None else ""
         return {
             "nodes": [{"task": task, "agent": agent} for task, agent in nodes.items()],
             "edges": edges,
@@ -463,6 +477,10 @@ class Detector(Part):
 
     def _others(self, tasks: Mapping[str, None]) -> Iterator[tuple[str, CycleEdge]]:
         return (one for one in self.graph.edges() if one[1].task not in tasks)
+
+
+def _locks_in(core: Core) -> list[CycleEdge]:
+    return [edge for edge in core.cycle if edge.kind == "lock"]
 
 
 def _list(body: Body, name: str, limit: int) -> list[Any]:

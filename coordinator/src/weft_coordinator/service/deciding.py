@@ -82,3 +82,12 @@ class Shared:
         """A task of an agent, if it was really sent to it."""
         entry = self.index.find(agent, task, caller=subjects.OPERATOR)
         return entry if entry is not None and entry.created else None
+
+    def ancestors(self, entry: Entry) -> tuple[str, ...]:
+        """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
+        found: list[str] = []
+        above: Entry | None = entry
+        while above is not None and above.parent is not None and above.parent[1] not in found:
+            found.append(above.parent[1])
+            above = self.find(*above.parent)
+        return tuple(found)

@@ -164,7 +164,7 @@ class HandBack(Part):
         log.warning("replica %s of %s is gone: handed %d deliveries back", ", ".join(gone), agent, len(work))
 
     def _unfinished(self, agent: str) -> list[Entry]:
-        return [one for one in self._index.visible(subjects.OPERATOR) if one.agent == agent and not one.ended]
+        return [one for one in self._index.open if one.agent == agent]
 
     async def _follow_ups(self, agent: str, tasks: Collection[str], delivered: handback.Delivered | None) -> list[Work]:
         """Follow-ups to these tasks that were delivered and not acknowledged yet."""

@@ -32,6 +32,8 @@ LATE: Final = 1.0
 """Seconds a timer may be late before it is taken for this process's own fault: nobody loses a lease by that."""
 RESYNC_AFTER: Final = 0.1
 """Seconds after the begin of a reign at which replicas are asked to tell what they hold."""
+MAX_OF_TASK: Final = 1_000
+"""Requests of one task."""
 MAX_LISTED: Final = 10_000
 """Requests a session may name."""
 MAX_SHOWN: Final = 3_000
@@ -44,7 +46,9 @@ MAX_WAITERS: Final = 100
 class _Session:
     heard: float
     """When the replica was heard of (monotonic)."""
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.Handle | None = None
+    due: float = 0.0
+    """When the timer is due (loop time)."""
 
 
 class LockPart(Part):
@@ -55,10 +59,13 @@ class LockPart(Part):
         self._locks = shared.locks
         self._detector = detector
         self._find = shared.find
+        self._ancestors = shared.ancestors
         self._tail = shared.tail
         self._speaker = shared.speaker
         self._clock = shared.clock
         self._sessions: dict[Key, _Session] = {}
+        self._new = True
+        """Whether this coordinator just began to lead."""
         self._looking: dict[Key, Ask] = {}
         """Requests whose task is not in the index yet, by (agent, request)."""
         self._tasks = Tasks("requests for locks", on_error=lambda _: None)
@@ -79,6 +86,7 @@ class LockPart(Part):
     async def lead(self) -> None:
         """Give every session a whole lease, and have it tell what it holds."""
         self._forget()
+        self._new = True
         now = self._clock()
         keys = self._locks.sessions()
         for key in keys:
@@ -107,7 +115,10 @@ class LockPart(Part):
         await self._tasks.aclose()
 
     async def tick(self, now: int) -> None:
-        """Free what is held by tasks whose end was not noticed: it was read before this coordinator led."""
+        """Once: free what is held by tasks whose end was read before this coordinator led."""
+        if not self._new:
+            return
+        self._new = False
         held = {(r.agent, r.task) for key in self._locks.sessions() for r in self._locks.session(*key)}
         ended = [task for agent, task in held if (entry := self._find(agent, task)) is not None and entry.ended]
         if ended:
@@ -215,6 +226,8 @@ class LockPart(Part):
     def _request(self, ask: Ask, entry: Entry, answer: Answer, *, once: bool) -> None:
         if entry.ended:
             raise Fenced(f"task {ask.task} has ended: no lock is held for it")
+        if len(self._locks.of_task(ask.task)) > MAX_OF_TASK:
+            raise InvalidParams(f"task {ask.task} holds or waits for {MAX_OF_TASK} locks already: give some back")
         key, lease = (ask.agent, ask.replica), ask.lease or LEASE
         ancestors = self._ancestors(entry) if ask.reentrant else ()
         waiting: list[Request] = []
@@ -234,15 +247,6 @@ class LockPart(Part):
                 self.decide(lambda: self._locks.release(ask.agent, ask.request, claim=ask.claim))
             else:
                 self._detector.queued(request)
-
-    def _ancestors(self, entry: Entry) -> tuple[str, ...]:
-        """Ids of the tasks that delegated this one, the nearest first, as the broker vouches for them."""
-        found: list[str] = []
-        above: Entry | None = entry
-        while above is not None and above.parent is not None and above.parent[1] not in found:
-            found.append(above.parent[1])
-            above = self._find(*above.parent)
-        return tuple(found)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
         fields = Fields(body)
@@ -292,7 +296,7 @@ class LockPart(Part):
         if session is None:
             session = self._sessions[key] = _Session(0.0)
         session.heard = self._clock()
-        if session.timer is None or session.timer.when() > asyncio.get_running_loop().time() + lease:
+        if session.timer is None or session.due > asyncio.get_running_loop().time() + lease:
             self._watch(key, lease)
 
     def _watch(self, key: Key, after: float) -> None:
@@ -302,6 +306,7 @@ class LockPart(Part):
             session.timer.cancel()
         loop = asyncio.get_running_loop()
         due = loop.time() + after
+        session.due = due
         session.timer = loop.call_at(due, self._due, key, due)
 
     def _due(self, key: Key, due: float) -> None:

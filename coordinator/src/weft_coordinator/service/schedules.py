@@ -112,7 +112,11 @@ class Scheduling(Part):
         known = self._ledger.all.get(name)
         if known is None:
             return
-        told = ScheduleConfig.of(json.loads(delivery.data))
+        try:
+            told = ScheduleConfig.of(json.loads(delivery.data))
+        except (ValueError, TypeError, AttributeError) as error:
+            log.error("schedule %s: what is due cannot be read: %s", name, error)
+            return
         at = _stored_at(delivery)
         if told.missed == "last" and await self._overtaken(delivery):
             log.info("schedule %s: the time %s is left out, a later one is due", name, _iso(at))

@@ -104,9 +104,14 @@ class Turning(Part):
 
     async def _listen(self) -> None:
         """Hear when tasks end of agents of which somebody waits."""
-        now = self._clock()
-        for place, replicas in list(self._asked.items()):
-            if all(until <= now for until in replicas.values()):
-                del self._asked[place]
-        self._agents = frozenset(agent for agent, _ in self._asked)
-        await self._hints.listen(subjects.GRAMMAR["live"].pattern(agent=agent) for agent in self._agents)
+        live = subjects.GRAMMAR["live"]
+
+        def wanted() -> list[str]:
+            now = self._clock()
+            for place, replicas in list(self._asked.items()):
+                if all(until <= now for until in replicas.values()):
+                    del self._asked[place]
+            self._agents = frozenset(agent for agent, _ in self._asked)
+            return [live.pattern(agent=agent) for agent in self._agents]
+
+        await self._hints.listen(wanted)

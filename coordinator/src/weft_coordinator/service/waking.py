@@ -26,7 +26,7 @@ from weft_coordinator.shell.tail import Tail
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import WeftError
-from weft_protocols.resources import DUE, SCHEDULES
+from weft_protocols.resources import COORD, DUE, SCHEDULES
 
 log = logging.getLogger("weft.coordinator")
 
@@ -34,6 +34,8 @@ TIMER: Final = "t-"
 """Beginning of the names of timers."""
 KEEP: Final = "24h"
 """How long the broker keeps that a timer is due. One that is forgotten is found by its time all the same."""
+FAR: Final = 60_000
+"""Milliseconds until a timer is due, for which it is worth taking back."""
 AT_ONCE: Final = 64
 """Wakes being stored at a time."""
 
@@ -101,6 +103,11 @@ class Waking(Part):
         }
         await self._broker.publish(f"{SCHEDULES}.{TIMER}{parked.task}", b"", headers=h.block(h.fields(values)))
 
+    async def _unschedule(self, parked: Parked) -> None:
+        """Take back a timer that is far from due. Before the wake: after it the task may have set another one."""
+        if parked.until > self._clock() + FAR:
+            await self._broker.api(f"STREAM.PURGE.{COORD}", {"filter": f"{SCHEDULES}.{TIMER}{parked.task}"})
+
     async def due(self, task: str, _: Delivery) -> None:
         """A timer is due: returns once every task it was for is woken. Raises WeftError where one could not be."""
         now = self._clock()
@@ -158,9 +165,13 @@ class Waking(Part):
 
     async def _listen(self) -> None:
         """Hear of children's ends as they are stored."""
-        if self._leader.leading:
-            live = subjects.GRAMMAR["live"]
-            await self._hints.listen(live.pattern(caller=agent) for agent in self._ledger.waiting_agents())
+        live = subjects.GRAMMAR["live"]
+
+        def wanted() -> list[str]:
+            agents = self._ledger.waiting_agents() if self._leader.leading else ()
+            return [live.pattern(caller=agent) for agent in agents]
+
+        await self._hints.listen(wanted)
 
     # Waking ------------------------------------------------------------------------------------
 
@@ -199,12 +210,14 @@ class Waking(Part):
         subject = subjects.input(parked.agent, parked.slice, parked.caller, parked.task)
         values = {h.VERSION: h.A2A_VERSION, h.METHOD: h.WAKE, h.ORIGIN: "coordinator"}
         async with self._room:
+            await self._unschedule(parked)
             await self._broker.publish(subject, why.encode(), headers=h.block(h.fields(values)))
         await self._leader.decide(lambda _: self._ledger.wake(parked))
 
     async def _forget(self, parked: Parked) -> None:
         """A parked task has ended: it was cancelled."""
         try:
+            await self._unschedule(parked)
             await self._leader.decide(lambda _: self._ledger.wake(parked))
         except WeftError as error:
             log.debug("task %s stays recorded as parked: %s", parked.task, error)

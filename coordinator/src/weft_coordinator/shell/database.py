@@ -57,12 +57,13 @@ class Database:
         """Disconnect; what was not committed is gone. `again`: whoever has work waits until `open`."""
         self._opened.clear()
         self._closed = not again
-        for writes, thread in self._threads.items():
-            connection = self._connections.pop(writes, None)
-            if connection is not None:
-                await asyncio.get_running_loop().run_in_executor(thread, connection.close)
+        # What was asked before is done first, what is asked from now on finds no thread and waits.
+        threads, self._threads = self._threads, {}
+        for writes, thread in threads.items():
+            if writes in self._connections:
+                await asyncio.get_running_loop().run_in_executor(thread, self._connections[writes].close)
+                del self._connections[writes]
             thread.shutdown()
-        self._threads.clear()
 
     async def write(
         self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **options: P.kwargs
@@ -94,8 +95,11 @@ class Database:
         if self._closed:
             raise Unavailable(f"{self.path} is closed")
         if thread is None:
-            async with asyncio.timeout(OPENING):
-                await self._opened.wait()
+            try:
+                async with asyncio.timeout(OPENING):
+                    await self._opened.wait()
+            except TimeoutError:
+                raise Unavailable(f"{self.path} is being replaced, for more than {OPENING:g} s") from None
             thread = self._threads[writes]
         try:
             return await asyncio.get_running_loop().run_in_executor(thread, work, *args)

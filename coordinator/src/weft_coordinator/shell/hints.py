@@ -6,6 +6,7 @@ read the stream, which is then asked once for all that was heard meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
@@ -32,23 +33,21 @@ class Hints:
         self._concerns = concerns
         self._feeds: dict[str, Subscription] = {}
         self._reading = False
+        self._changing = asyncio.Lock()
         self._tasks = Tasks("hints")
 
-    async def listen(self, patterns: Iterable[str]) -> None:
-        """Hear these patterns of live subjects, and no others any more."""
-        wanted = frozenset(patterns)
-        for pattern in self._feeds.keys() - wanted:
-            await self._feeds.pop(pattern).close()
-        for pattern in wanted - self._feeds.keys():
-            feed = await self._broker.subscribe(pattern, self._on_live)
-            if self._feeds.setdefault(pattern, feed) is not feed:
-                await feed.close()
+    async def listen(self, patterns: Callable[[], Iterable[str]]) -> None:
+        """Hear these patterns of live subjects, and no others any more; they are asked for when it is done."""
+        async with self._changing:
+            wanted = frozenset(patterns())
+            for pattern in self._feeds.keys() - wanted:
+                await self._feeds.pop(pattern).close()
+            for pattern in wanted - self._feeds.keys():
+                self._feeds[pattern] = await self._broker.subscribe(pattern, self._on_live)
 
     def stop(self) -> None:
         """Hear nothing any more."""
-        feeds, self._feeds = self._feeds, {}
-        for feed in feeds.values():
-            self._tasks.start(feed.close())
+        self._tasks.start(self.listen(lambda: ()))
 
     def read_on(self) -> None:
         """Bring the index up to date soon."""
@@ -58,8 +57,8 @@ class Hints:
 
     async def aclose(self) -> None:
         """End."""
-        self.stop()
         await self._tasks.aclose()
+        await self.listen(lambda: ())
 
     def _on_live(self, message: Delivered) -> None:
         _, _, _, _, agent, task = message.subject.split(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from weft.core.broker import Stored
 from weft_coordinator.decide.index import TaskIndex
 from weft_coordinator.shell.feed import BATCH, EVERYTHING, Mark
@@ -9,6 +11,9 @@ from weft_coordinator.shell.log import Batch, StreamReader
 from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.store import Store
 from weft_protocols.resources import STREAM
+
+LAST: Final = 2**63 - 1
+"""No sequence is greater."""
 
 
 class Rebuild:
@@ -34,15 +39,16 @@ class Rebuild:
             await new.discard()
             raise
 
-    async def catch_up(self) -> None:
-        """Read on to the end of the stream."""
+    async def catch_up(self, until: int = LAST) -> None:
+        """Read on to the end of the stream, or up to a sequence."""
         start, more = self.projection.store.position + 1, True
-        while more:
+        while more and start <= until:
             batch = await self._next(start)
-            if batch.messages:
-                await self.projection.take(batch.messages)
-                start = batch.messages[-1].seq + 1
-            more = batch.more and bool(batch.messages)
+            messages = [one for one in batch.messages if one.seq <= until]
+            if messages:
+                await self.projection.take(messages)
+                start = messages[-1].seq + 1
+            more = batch.more and bool(messages)
 
     async def _next(self, start: int) -> Batch:
         """What the stream has, and what only the file has since it has left the stream; the stream's word counts."""
@@ -50,7 +56,7 @@ class Rebuild:
         if start > self._old.position:
             return stored
         kept = await self._old.batch(start, count=BATCH)
-        end = min((part.messages[-1].seq for part in (stored, kept) if part.more and part.messages), default=2**63)
+        end = min((part.messages[-1].seq for part in (stored, kept) if part.more and part.messages), default=LAST)
         found: dict[int, Stored] = {one.seq: one for one in stored.messages}
         only_kept = [one for one in kept.messages if one.seq not in found]
         if only_kept and only_kept[-1].seq > self._old.archived:

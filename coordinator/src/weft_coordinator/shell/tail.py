@@ -167,7 +167,9 @@ class Tail(Rounds):
         made = await self._rebuilt(info)
         try:
             async with self._turn:
-                await made.catch_up()
+                # Up to the same message, so that listeners have been told of everything in the new file.
+                await self._read_on()
+                await made.catch_up(self._projection.store.position)
                 await self._projection.become(made.projection)
         except BaseException:
             await made.projection.store.discard()

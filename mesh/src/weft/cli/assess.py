@@ -45,6 +45,7 @@ def assess(facts: Facts) -> list[Check]:
         _broker(facts),
         *_streams(facts),
         _coordinator(facts),
+        *_further_coordinators(facts),
         *_incidents(facts),
         *_gateway(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
@@ -96,6 +97,15 @@ def _incidents(facts: Facts) -> Iterator[Check]:
         after = f"mesh incidents show {one['id']}"
         detail = f"{one['severity']}: {one['title']}"
         yield Check(f"incident {one['id']}", DEGRADED if critical else OK, detail, after if critical else "")
+
+
+def _further_coordinators(facts: Facts) -> Iterator[Check]:
+    """Those that do not run as they should: where one answers, the others would not be missed."""
+    for row in facts.processes or ():
+        if row["kind"] == "coordinator" and row["name"] != "coordinator" and row["state"] != "ready":
+            failed = row["state"] == "failed"
+            after = f"mesh {'restart' if failed else 'logs'} {row['name']}"
+            yield Check(row["name"], DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:

@@ -71,7 +71,8 @@ def graph(picture: Path | None, *, last: bool, output: str) -> None:
     from weft.client import locks
 
     async def work(broker: Broker) -> tuple[WaitGraph, tuple[LockInfo, ...]]:
-        return await locks.graph(broker), (await locks.locks(broker))[0]
+        known, _ = await locks.locks(broker)
+        return (await locks.graph(broker)).named(known), known
 
     found, known = as_operator(work, name="mesh locks graph")
     if last:

@@ -350,7 +350,7 @@ def replay(folder: str, strict: bool, records: str, file: str, output: str) -> i
     ]
     printer.rows(rows, FLIPS)
     said = f"{len(result.flips)} of {result.same + len(result.flips)} decisions would change"
-    said += f"; {result.redacted} cannot be made again, their arguments are redacted" if result.redacted else ""
+    said += f"; {result.redacted} cannot be made again, their arguments are redacted or cut" if result.redacted else ""
     said += f"; {unreadable} lines hold no decision" if unreadable else ""
     printer.talk(said)
     return FAILED if strict and result.flips else 0

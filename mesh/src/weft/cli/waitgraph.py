@@ -108,7 +108,7 @@ def history(deadlocks: Sequence[Deadlock], *, now: float) -> str:
 def _what(graph: WaitGraph, edge: Edge) -> str:
     kind = KINDS.get(edge.kind, f"for {edge.kind}")
     if edge.kind == "lock":
-        return f"{kind} {edge.target}, held by {name(graph, edge.holder)}"
+        return f"{kind} {edge.target}, {'held by' if edge.held else 'behind'} {name(graph, edge.holder)}"
     return f"{kind} {name(graph, edge.holder)}"
 
 
@@ -143,7 +143,8 @@ def picture(graph: WaitGraph, locks: Sequence[LockInfo] = ()) -> tuple[list[Box]
         if edge.kind == "lock":
             middle = lock(edge.target, modes.get(edge.target, ""))
             arrow(start, middle, "waits", is_hot=edge in hot)
-            arrow(middle, task(edge.holder), "held by", is_hot=edge in hot)
+            if edge.held or edge in hot:
+                arrow(middle, task(edge.holder), "held by" if edge.held else "behind", is_hot=edge in hot)
         else:
             arrow(start, task(edge.holder), KINDS.get(edge.kind, edge.kind).removeprefix("for "), is_hot=edge in hot)
     for one in locks:

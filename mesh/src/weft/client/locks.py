@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from weft.client.coordinator import call
@@ -71,6 +71,8 @@ class Edge:
     """Name of the lock, else the id of the task waited for."""
     holder: str
     """Id of the task that holds it, or that is waited for."""
+    held: bool = True
+    """False where that task does not hold the lock, but waits for it in front of this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class WaitGraph:
                 str(one["kind"]),
                 str(one["target"]),
                 str(one.get("holder") or one["target"]),
+                one.get("held") is not False,
             )
             for one in told.get("edges") or ()
         )
@@ -133,6 +136,11 @@ class WaitGraph:
         last = tuple(Deadlock.of(one) for one in found.get("last") or ())
         waiting = int(told.get("waiting", len({edge.task for edge in edges})))
         return WaitGraph(agents, edges, int(found.get("count", 0)), last, waiting)
+
+    def named(self, locks: Iterable[LockInfo]) -> WaitGraph:
+        """The same with the agents of those who hold locks, which need not wait for anything themselves."""
+        holders = {one.task: one.agent for lock in locks for one in lock.holders}
+        return replace(self, agents={task: agent or holders.get(task, "") for task, agent in self.agents.items()})
 
 
 async def locks(broker: Broker) -> tuple[tuple[LockInfo, ...], int]:

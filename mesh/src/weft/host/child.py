@@ -125,8 +125,7 @@ class Delegation:
         """Send a child and follow it to where it stops."""
         run, order = self._run, self._order
         left = self._time_left()
-        message_id = ids.child_message_id(run.task_id, order.key)
-        child_id = ids.task_id(run.mesh.caller, agent, message_id)
+        message_id, child_id = self._identity(agent)
         headers = self._headers(agent, known=child_id in run.children)
         child = run.children.get(child_id)
         if child is None:
@@ -139,7 +138,7 @@ class Delegation:
         except (asyncio.CancelledError, DeadlockError):
             self._choice.nothing_learned(agent)
             if run.stop is None:
-                await run.cancel_child(child_id, "its parent does not wait for it any more")
+                await run.leave_child(child_id, "its parent does not wait for it any more")
             raise
         except DeadlineExceeded:
             self._choice.learned(agent, failed=True)
@@ -152,6 +151,18 @@ class Delegation:
         self._choice.learned(agent, failed=self._dead or late)
         child.done = view.state.terminal
         return view, task
+
+    def _identity(self, agent: str) -> tuple[str, str]:
+        """messageId and task id of the child: the same on every attempt that waits for it."""
+        run, key = self._run, self._order.key
+        number = 0
+        while True:
+            message_id = ids.child_message_id(run.task_id, f"{key} again {number}" if number else key)
+            child_id = ids.task_id(run.mesh.caller, agent, message_id)
+            known = run.children.get(child_id)
+            if known is None or not known.left:
+                return message_id, child_id
+            number += 1
 
     async def _sent(
         self, agent: str, message_id: str, *, headers: dict[str, str], until: float | None

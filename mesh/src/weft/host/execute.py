@@ -305,7 +305,7 @@ async def _raised(replica: Owner, run: Run, error: BaseException) -> None:
     """The handler raised: another attempt after a pause, or a dead letter when there are none left."""
     log.warning("task %s, attempt %d: the handler raised", run.task_id, run.claim.attempt, exc_info=error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, DeadlockError) and run.claim.gave_way < DEADLOCK.attempts:
+    if isinstance(error, DeadlockError) and not error.lasting and run.claim.gave_way < DEADLOCK.attempts:
         await _gave_way(replica, run, error)
         return
     policy = run.agent.retry

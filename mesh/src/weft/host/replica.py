@@ -153,7 +153,8 @@ class Replica:
                 await loop.stop()
         self.queue.leave()
         for run in list(self.live.values()):
-            if run.log.last_state.interrupted and run.conversation is None:  # a turn that asked is about to return
+            waits = run.log.last_state.interrupted or run.waits.parkable
+            if waits and run.conversation is None:  # a turn that asked is about to return
                 run.interrupt(Stop.DRAIN, "the replica is leaving")
         await self._jobs_done(within=grace)
         self.leaving = True

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from weft_protocols.errors import DeadlineExceeded, InvalidConfig, WeftError
+from weft_protocols.errors import DeadlineExceeded, DeadlockError, InvalidConfig, WeftError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class RetryPolicy:
 
     def ends(self, error: BaseException) -> bool:
         """Whether another try cannot help against `error`."""
+        if isinstance(error, DeadlockError) and error.lasting:
+            return True
         if isinstance(error, WeftError) and not error.retryable and not isinstance(error, DeadlineExceeded):
             return True
         return isinstance(error, self.final)

@@ -117,6 +117,8 @@ class Child:
     context: str
     message_id: str
     done: bool = False
+    left: bool = False
+    """Whether this task stopped waiting for it and cancelled it: a later attempt sends another one in its place."""
 
 
 @dataclass(slots=True)
@@ -464,7 +466,9 @@ class Run:
         async with self.listing:
             if self.listed >= wanted:
                 return
-            listed = [[key, child.agent, child.context, child.message_id] for key, child in self.children.items()]
+            listed = [
+                [key, child.agent, child.context, child.message_id, child.left] for key, child in self.children.items()
+            ]
             await self.journal.replace(records.CHILDREN_KEY, bytes(msgpack.packb(listed)))
             self.listed = len(listed)
 
@@ -474,14 +478,21 @@ class Run:
 
         stored = await self.journal.read(records.CHILDREN_KEY)
         if stored is not None:
-            for task_id, agent, context, message_id in msgpack.unpackb(stored.data):
-                self.children.setdefault(task_id, Child(agent, context, message_id))
+            for task_id, agent, context, message_id, *left in msgpack.unpackb(stored.data):
+                self.children.setdefault(task_id, Child(agent, context, message_id, left=left == [True]))
 
     async def cancel_children(self, reason: str) -> None:
         """Send every unfinished child its cancel. The cancels are durable; nobody waits for their effect."""
         await self.recall_children()
         for task_id in list(self.children):
             await self.cancel_child(task_id, reason)
+
+    async def leave_child(self, task_id: str, reason: str) -> None:
+        """Stop waiting for a child for good: record that, then cancel it."""
+        self.children[task_id].left = True
+        self.listed = 0
+        await self.remember_children()
+        await self.cancel_child(task_id, reason)
 
     async def cancel_child(self, task_id: str, reason: str) -> None:
         """Send one child its cancel, unless it is done."""

@@ -70,7 +70,9 @@ class Session:
         self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
         """What it is to be told: a wait, or None for one that is over."""
         self._tick: asyncio.TimerHandle | None = None
-        self._telling: asyncio.TimerHandle | None = None
+        self._telling: asyncio.Handle | None = None
+        self._due = 0.0
+        """When that is (loop time)."""
         self._alone = False
         """Whether it was said already that no coordinator answers."""
 
@@ -238,7 +240,8 @@ class Session:
             # The lease runs at least from the last request the coordinator answered; when it granted is not known.
             lock.grant(int(told["token"]), float(told["lease"]), lock.confirmed)
         elif state == "deadlock" and waits and lock.outcome is not None:
-            lock.outcome.set_exception(DeadlockError(cycle=_cycle(told["cycle"])))
+            error = DeadlockError(cycle=_cycle(told["cycle"]), lasting=told.get("lasting") is True)
+            lock.outcome.set_exception(error)
             lock.outcome.exception()
         elif state == "lost":
             self._lost(lock, str(told.get("reason", "")))
@@ -371,9 +374,10 @@ class Session:
         loop = asyncio.get_running_loop()
         due = loop.time() + seconds
         if self._telling is not None:
-            if self._telling.when() <= due:
+            if self._due <= due:
                 return
             self._telling.cancel()
+        self._due = due
         self._telling = loop.call_at(due, self._tell)
 
     def _tell(self) -> None:

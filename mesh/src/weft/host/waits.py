@@ -90,8 +90,6 @@ class Waits:
 
     def __init__(self, task_id: str, *, observers: Sequence[Observer] = ()) -> None:
         self.task_id = task_id
-        self.changed = asyncio.Event()
-        """Set at each change; whoever waits for it clears it."""
         self.changes = 0
         """How often something began or ended."""
         self.since = 0.0
@@ -180,7 +178,6 @@ class Waits:
         """Something changed: whoever decided on what was before decides again."""
         self.changes += 1
         self.since = asyncio.get_running_loop().time()
-        self.changed.set()
 
     def _settled(self) -> None:
         """Something other than a wait is over: what is left may be waits only."""

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from weft.policy.patterns import CLASSES, SECRETS, Pattern, luhn
@@ -192,3 +193,9 @@ def _replaced(pattern: Pattern, text: str, lower: str, found: Redacted) -> str:
 def _gone(kind: str, found: Redacted) -> str:
     found.counts[kind] += 1
     return f"{MARK}{kind}]"
+
+
+@lru_cache(maxsize=8)
+def redactor(classes: frozenset[str]) -> Redactor:
+    """The redactor of some classes, made once."""
+    return Redactor(sorted(classes))
