@@ -12,6 +12,7 @@ from weft.core.broker import Broker
 from weft.core.config import load_settings
 from weft_protocols.resources import TOOL_PINS
 
+pytest.importorskip("cedarpy", reason="needs the extra `policy`")
 UPDATE = {
     "name": "update",
     "inputSchema": {
@@ -193,6 +194,14 @@ def test_what_is_wrong_is_not_loaded(mesh: Any, folder: Path) -> None:
         "small amounts: expected allow, but nothing permits it" in mesh.mesh("policy", "load", "policies", code=3).err
     )
     assert mesh.mesh("policy", "-o", "json").json == before
+
+
+def test_an_agent_the_mesh_does_not_have_is_a_warning(mesh: Any, folder: Path) -> None:
+    (folder / "tools.json").unlink()
+    result = mesh.mesh("policy", "check", "-o", "json")
+    assert [(row["kind"], row["message"]) for row in result.json] == [("warning", 'there is no agent "billing"')]
+    assert "checked against the mesh" in result.err
+    assert 'warning: there is no agent "billing"' in mesh.mesh("policy", "load", "policies").err
 
 
 def test_a_candidate_is_watched_until_it_is_stopped(mesh: Any, folder: Path) -> None:

@@ -130,6 +130,8 @@ def test_right_rules_have_no_mistakes(mistakes: Mistakes) -> None:
         permit(principal, action == Action::"read", resource in Server::"crm") when { resource.uri like "crm://*" };
         permit(principal, action in [Action::"call", Action::"get"], resource in Server::"mail");
         permit(principal, action, resource) when { context.args has id && context.args.id == "x" };
+        permit(principal, action, resource is Prompt) when { context.args.topic == "x" };
+        permit(principal, action, resource is Tool in Server::"mail") when { context.args.to == "x" };
         """
     )
 

@@ -25,6 +25,7 @@ from weft_protocols.resources import (
     POLICY_SEEN,
     POLICY_STATE,
     POLICY_VERSIONS,
+    REGISTRY,
     TOOL_PINS,
     TOOLS,
 )
@@ -194,6 +195,13 @@ async def registered(broker: Broker) -> Catalog:
     return Catalog.of(definitions)
 
 
+async def known_agents(broker: Broker) -> frozenset[str]:
+    """Names of the agents that are registered."""
+    prefix = "mesh.registry."
+    info = await broker.api(f"STREAM.INFO.{REGISTRY}", {"subjects_filter": f"{prefix}*"})
+    return frozenset(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+
+
 class PolicyFollower:
     """Keeps an `ActivePolicy` at what is stored, and tells what the version in shadow mode would have done.
 
@@ -267,4 +275,4 @@ class PolicyFollower:
             self._told = state
 
 
-__all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "registered"]
+__all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "known_agents", "registered"]
