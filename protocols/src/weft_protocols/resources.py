@@ -28,15 +28,16 @@ POLICY_VERSIONS: Final = "mesh.policy.version"
 """Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
 POLICY_STATE: Final = "mesh.policy.state"
 """Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
-POLICY_SEEN: Final = "mesh.policy.seen"
-"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
 POLICY_CHANGES: Final = "mesh.policychange"
 """Prefix under which the broker republishes what decides once it is stored."""
 RATES: Final = "MESH_RATES"
-"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
+"""What sidecars count, of each thing the last number; no account but MESH reaches it."""
 RATE_PREFIX: Final = "mesh.rate"
+"""Prefix of how far rate limits are used: `mesh.rate.{digest}`."""
+POLICY_SEEN: Final = "mesh.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.seen.{replica}`."""
 RATE_KEEP: Final = 31 * 86_400.0
-"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
+"""Seconds after its last use for which a number is kept: longer than a limit counts."""
 COORD: Final = "MESH_COORD"
 """What the coordinator decides; no account but MESH reaches it."""
 DECIDED: Final = "mesh.decided"
@@ -224,12 +225,17 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
         ),
         StreamSpec(
             POLICY,
-            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*"),
             replicas=replicas,
-            max_per_subject=1000,
             republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
         ),
-        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
+        StreamSpec(
+            RATES,
+            (f"{RATE_PREFIX}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_age=RATE_KEEP,
+            max_per_subject=1,
+        ),
     )
 
 

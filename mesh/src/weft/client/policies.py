@@ -25,6 +25,7 @@ from weft_protocols.resources import (
     POLICY_SEEN,
     POLICY_STATE,
     POLICY_VERSIONS,
+    RATES,
     REGISTRY,
     TOOL_PINS,
     TOOLS,
@@ -94,7 +95,7 @@ class PolicyStore:
         self._broker = broker
         self._versions = Latest(broker, POLICY, POLICY_VERSIONS)
         self._state = Latest(broker, POLICY, POLICY_STATE)
-        self._seen = Latest(broker, POLICY, POLICY_SEEN)
+        self._seen = Latest(broker, RATES, POLICY_SEEN)
 
     async def versions(self) -> list[Version]:
         """Every version, the oldest first."""

@@ -46,7 +46,9 @@ def parse(text: str) -> Json:
 
 def policy_set(rules: Mapping[str, Json]) -> PolicySet:
     """Rules by id, ready to be evaluated."""
-    made: PolicySet = _cedarpy().PolicySet.from_json_str(_set(rules))
+    # Annotations would be looked up at every decision.
+    plain = {name: {**rule, "annotations": {}} for name, rule in rules.items()}
+    made: PolicySet = _cedarpy().PolicySet.from_json_str(_set(plain))
     return made
 
 
