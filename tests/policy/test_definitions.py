@@ -95,3 +95,11 @@ def test_of_two_tools_with_one_name_the_first_counts() -> None:
         for kind in ("string", "integer")
     ]
     assert Catalog.read({"s": kinds}).tools["s.t"].arguments.fields["x"][0].cedar == "String"
+
+
+def test_an_argument_that_may_be_null_may_be_missing() -> None:
+    own = {"type": "object", "required": ["x"], "properties": {"x": {"type": ["string", "null"]}}}
+    known = Catalog.read({"s": [{"name": "t", "inputSchema": own}]})
+    rule = 'permit(principal, action == Action::"call", resource == Tool::"s.t") when { context.args.x == "a" };'
+    (problem,) = compile_bundle(Bundle.of({"a.cedar": rule}), known).problems
+    assert 'argument "x" of s.t may be missing' in problem.message
