@@ -21,7 +21,7 @@ from weft.policy.model import Limit, Request
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh
 from weft_protocols.errors import InvalidConfig, PolicyNotFound, TimedOut, TooLarge, Unreachable
-from weft_protocols.resources import POLICY, POLICY_STATE, POLICY_VERSIONS, RATE_PREFIX, RATES, TOOL_PINS
+from weft_protocols.resources import POLICY, POLICY_STATE, POLICY_VERSIONS, RATE_PREFIX, RATES, TOOL_PINS, TOOL_SERVERS
 
 pytestmark = pytest.mark.anyio
 SMALL = """@id("small")
@@ -208,8 +208,9 @@ async def test_definitions_come_from_what_is_approved(operator: Broker) -> None:
     pin = zlib.compress(json.dumps({"items": items, "by": "ann", "at": 0.0, "blocked": []}).encode())
     await operator.publish(f"{TOOL_PINS}.crm", pin)
     await operator.publish(f"{TOOL_PINS}.broken", b"x")
+    await operator.publish(f"{TOOL_SERVERS}.unseen", b"{}")
     made = await registered(operator)
-    assert (set(made.tools), set(made.prompts), made.servers) == ({"crm.get"}, {"crm.p"}, frozenset({"crm"}))
+    assert (set(made.tools), set(made.prompts), made.servers) == ({"crm.get"}, {"crm.p"}, frozenset({"crm", "unseen"}))
 
 
 async def test_a_limit_holds_for_several_sidecars(fresh_mesh: BrokerMesh) -> None:

@@ -28,6 +28,7 @@ from weft_protocols.resources import (
     RATES,
     REGISTRY,
     TOOL_PINS,
+    TOOL_SERVERS,
     TOOLS,
 )
 
@@ -181,12 +182,13 @@ def _version(number: int, data: bytes) -> Version:
 async def registered(broker: Broker) -> Catalog:
     """The definitions that are approved of every registered tool server."""
     try:
+        servers = await Latest(broker, TOOLS, TOOL_SERVERS).all()
         found = await Latest(broker, TOOLS, TOOL_PINS).all()
     except ApiError as error:
         if error.err_code == _NO_STREAM:
             return Catalog()
         raise
-    definitions: dict[str, list[tuple[str, Any]]] = {}
+    definitions: dict[str, list[tuple[str, Any]]] = {server: [] for server in servers}
     for server, record in found.items():
         try:
             items = json.loads(zlib.decompressobj().decompress(record.data, _LARGEST_PIN))["items"]
