@@ -22,6 +22,22 @@ PUSH_KEEP: Final = 30 * 86_400.0
 """Seconds a push notification config is kept after it was last set."""
 PUSH_JOBS: Final = 1_000_000
 """Deliveries under way, waiting for an event or for their next attempt. Each counts until its task has ended."""
+POLICY: Final = "MESH_POLICY"
+"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
+POLICY_VERSIONS: Final = "mesh.policy.version"
+"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
+POLICY_STATE: Final = "mesh.policy.state"
+"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
+POLICY_CHANGES: Final = "mesh.policychange"
+"""Prefix under which the broker republishes what decides once it is stored."""
+RATES: Final = "MESH_RATES"
+"""What sidecars count, of each thing the last number; no account but MESH reaches it."""
+RATE_PREFIX: Final = "mesh.rate"
+"""Prefix of how far rate limits are used: `mesh.rate.{digest}`."""
+POLICY_SEEN: Final = "mesh.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.seen.{replica}`."""
+RATE_KEEP: Final = 31 * 86_400.0
+"""Seconds after its last use for which a number is kept: longer than a limit counts."""
 COORD: Final = "MESH_COORD"
 """What the coordinator decides; no account but MESH reaches it."""
 DECIDED: Final = "mesh.decided"
@@ -48,21 +64,6 @@ TOOL_CHANGES: Final = "mesh.toolchange"
 """Prefix under which the broker republishes both once they are stored."""
 TOOL_HISTORY: Final = 8
 """Messages kept of each registration and pin."""
-POLICY: Final = "MESH_POLICY"
-"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
-POLICY_VERSIONS: Final = "mesh.policy.version"
-"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
-POLICY_STATE: Final = "mesh.policy.state"
-"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
-POLICY_SEEN: Final = "mesh.policy.seen"
-"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.policy.seen.{replica}`."""
-POLICY_CHANGES: Final = "mesh.policychange"
-"""Prefix under which the broker republishes what decides once it is stored."""
-RATES: Final = "MESH_RATES"
-"""How far rate limits are used, one number a limit: `mesh.rate.{digest}`; no account but MESH reaches it."""
-RATE_PREFIX: Final = "mesh.rate"
-RATE_KEEP: Final = 31 * 86_400.0
-"""Seconds after its last use for which a limit's number is kept: longer than a limit counts."""
 AUDIT: Final = "MESH_AUDIT"
 """What was done through tools, and by whom: written by sidecars, never by agents; nobody deletes from it."""
 AUDIT_RECORDS: Final = "mesh.audit"
@@ -127,6 +128,7 @@ class StreamSpec:
     schedules: bool = False
     """Whether the broker stores messages at times that other messages name."""
     deny_purge: bool = False
+    """Whether nobody may empty it."""
     republish: tuple[str, str] | None = None
     """(source pattern, destination) of the live feed."""
 
@@ -229,18 +231,23 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             republish=("mesh.>", f"{TOOL_CHANGES}.>"),
         ),
         StreamSpec(
-            POLICY,
-            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*", f"{POLICY_SEEN}.*"),
-            replicas=replicas,
-            max_per_subject=1000,
-            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
-        ),
-        StreamSpec(RATES, (f"{RATE_PREFIX}.*",), replicas=replicas, max_age=RATE_KEEP, max_per_subject=1),
-        StreamSpec(
             PUSH,
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),
             replicas=replicas,
             max_age=PUSH_KEEP,
+            max_per_subject=1,
+        ),
+        StreamSpec(
+            POLICY,
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*"),
+            replicas=replicas,
+            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+        ),
+        StreamSpec(
+            RATES,
+            (f"{RATE_PREFIX}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_age=RATE_KEEP,
             max_per_subject=1,
         ),
         StreamSpec(AUDIT, (f"{AUDIT_RECORDS}.>",), replicas=replicas, max_age=AUDIT_KEEP, deny_purge=True),

@@ -91,23 +91,6 @@ def _coordinator(facts: Facts) -> Check:
     return Check("coordinator", DOWN, f"{facts.silence}{state}; tasks run on, locks and lists wait", after)
 
 
-def _sidecar(facts: Facts) -> Iterator[Check]:
-    """The sidecar, where one runs here or should."""
-    row = next((row for row in facts.processes or () if row["kind"] == "sidecar"), None)
-    if row is None:
-        return
-    if row["state"] == "ready":
-        yield Check("sidecar", OK, f"pid {row['pid']}")
-        for one in facts.tools:
-            if one["enabled"] and one.get("degraded"):
-                detail = f"runs in {one['sandbox']}, its files and network are open: {one['degraded']}"
-                yield Check(f"tool server {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
-    else:
-        failed = row["state"] == "failed"
-        after = "mesh restart sidecar" if failed else "mesh logs sidecar"
-        yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
-
-
 def _incidents(facts: Facts) -> Iterator[Check]:
     """Open incidents by name. Only critical ones say that the mesh is not well."""
     for one in facts.incidents:
@@ -124,6 +107,23 @@ def _further_coordinators(facts: Facts) -> Iterator[Check]:
             failed = row["state"] == "failed"
             after = f"mesh {'restart' if failed else 'logs'} {row['name']}"
             yield Check(row["name"], DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
+
+
+def _sidecar(facts: Facts) -> Iterator[Check]:
+    """The sidecar, where one runs here or should."""
+    row = next((row for row in facts.processes or () if row["kind"] == "sidecar"), None)
+    if row is None:
+        return
+    if row["state"] == "ready":
+        yield Check("sidecar", OK, f"pid {row['pid']}")
+        for one in facts.tools:
+            if one["enabled"] and one.get("degraded"):
+                detail = f"runs in {one['sandbox']}, its files and network are open: {one['degraded']}"
+                yield Check(f"tool server {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
+    else:
+        failed = row["state"] == "failed"
+        after = "mesh restart sidecar" if failed else "mesh logs sidecar"
+        yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:

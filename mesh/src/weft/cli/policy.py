@@ -87,7 +87,7 @@ def check(folder: str, file: str, output: str) -> int:
     known = source.tools(folder, file)
     if known.catalog is None:
         printer.talk(f"names of tools and arguments are not checked: {known.source} (--tools FILE gives them)")
-    compiled = _compiled(source.read_folder(folder), known.catalog)
+    compiled = _compiled(source.read_folder(folder), known.catalog, agents=known.agents)
     _, wrong = _cases(compiled)
     problems = [*compiled.problems, *wrong]
     if problems or printer.machine:
@@ -350,7 +350,7 @@ def replay(folder: str, strict: bool, records: str, file: str, output: str) -> i
     ]
     printer.rows(rows, FLIPS)
     said = f"{len(result.flips)} of {result.same + len(result.flips)} decisions would change"
-    said += f"; {result.redacted} cannot be made again, their arguments are redacted" if result.redacted else ""
+    said += f"; {result.redacted} cannot be made again, their arguments are redacted or cut" if result.redacted else ""
     said += f"; {unreadable} lines hold no decision" if unreadable else ""
     printer.talk(said)
     return FAILED if strict and result.flips else 0
@@ -359,10 +359,12 @@ def replay(folder: str, strict: bool, records: str, file: str, output: str) -> i
 # What the commands share ---------------------------------------------------------------------------
 
 
-def _compiled(bundle: Bundle, catalog: Catalog | None, *, lenient: bool = False) -> Compiled:
+def _compiled(
+    bundle: Bundle, catalog: Catalog | None, *, lenient: bool = False, agents: frozenset[str] | None = None
+) -> Compiled:
     from weft.policy.bundle import compile_bundle
 
-    return compile_bundle(bundle, catalog, lenient=lenient)
+    return compile_bundle(bundle, catalog, lenient=lenient, agents=agents)
 
 
 def _cases(compiled: Compiled) -> tuple[list[Any], list[Any]]:
@@ -394,13 +396,15 @@ def _tested(compiled: Compiled, catalog: Catalog) -> tuple[list[dict[str, Any]],
 
 async def _checked(broker: Broker, bundle: Bundle, *, lenient: bool) -> tuple[PolicyStore, Compiled]:
     """A policy that is right on this mesh. Raises InvalidPolicy if it is not, or a test of it fails."""
-    from weft.client.policies import PolicyStore, registered
+    from weft.client.policies import PolicyStore, known_agents, registered
     from weft.policy.problems import InvalidPolicy, Problem
 
     catalog = await registered(broker)
-    compiled = _compiled(bundle, catalog, lenient=lenient)
+    compiled = _compiled(bundle, catalog, lenient=lenient, agents=await known_agents(broker))
     if compiled.errors:
         raise InvalidPolicy(compiled.errors)
+    for problem in compiled.problems:
+        Printer().talk(str(problem))
     rows, failed = _tested(compiled, catalog)
     if failed:
         raise InvalidPolicy(

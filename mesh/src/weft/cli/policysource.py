@@ -62,6 +62,8 @@ class Tools:
     """None if they are not known."""
     source: str
     """Where they are from, for people; or why they are not known."""
+    agents: frozenset[str] | None = None
+    """Agents of the mesh, where it was asked."""
 
 
 def tools(folder: str, file: str) -> Tools:
@@ -78,10 +80,13 @@ def tools(folder: str, file: str) -> Tools:
             return Tools(Catalog.read(yaml.safe_load(Path(named).read_text(encoding="utf-8"))), named)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InvalidConfig(f"{named} cannot be read as definitions of tools: {error}") from None
-    from weft.client.policies import registered
+    from weft.client.policies import known_agents, registered
+
+    async def ask(broker: Broker) -> Tools:
+        return Tools(await registered(broker), "the mesh", await known_agents(broker))
 
     try:
-        return Tools(with_mesh(registered), "the mesh")
+        return with_mesh(ask)
     except WeftError as error:
         return Tools(None, f"the mesh cannot be asked: {error}")
 

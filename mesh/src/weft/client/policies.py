@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -24,6 +25,11 @@ from weft_protocols.resources import (
     POLICY_SEEN,
     POLICY_STATE,
     POLICY_VERSIONS,
+    RATES,
+    REGISTRY,
+    TOOL_PINS,
+    TOOL_SERVERS,
+    TOOLS,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +44,6 @@ SMALLEST_ROOM: Final = 4096
 """Bytes of a message that are left for what is around a policy."""
 _NO_MESSAGE: Final = 10037
 _NO_STREAM: Final = 10059
-_PINS: Final = ("MESH_TOOLS", "mesh.pins")
 _LARGEST_PIN: Final = 32 * 1024 * 1024
 
 
@@ -91,7 +96,7 @@ class PolicyStore:
         self._broker = broker
         self._versions = Latest(broker, POLICY, POLICY_VERSIONS)
         self._state = Latest(broker, POLICY, POLICY_STATE)
-        self._seen = Latest(broker, POLICY, POLICY_SEEN)
+        self._seen = Latest(broker, RATES, POLICY_SEEN)
 
     async def versions(self) -> list[Version]:
         """Every version, the oldest first."""
@@ -177,12 +182,13 @@ def _version(number: int, data: bytes) -> Version:
 async def registered(broker: Broker) -> Catalog:
     """The definitions that are approved of every registered tool server."""
     try:
-        found = await Latest(broker, *_PINS).all()
+        servers = await Latest(broker, TOOLS, TOOL_SERVERS).all()
+        found = await Latest(broker, TOOLS, TOOL_PINS).all()
     except ApiError as error:
         if error.err_code == _NO_STREAM:
             return Catalog()
         raise
-    definitions: dict[str, list[tuple[str, Any]]] = {}
+    definitions: dict[str, list[tuple[str, Any]]] = {server: [] for server in servers}
     for server, record in found.items():
         try:
             items = json.loads(zlib.decompressobj().decompress(record.data, _LARGEST_PIN))["items"]
@@ -190,6 +196,13 @@ async def registered(broker: Broker) -> Catalog:
         except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("what is approved of %s cannot be read: %s", server, error)
     return Catalog.of(definitions)
+
+
+async def known_agents(broker: Broker) -> frozenset[str]:
+    """Names of the agents that are registered."""
+    prefix = "mesh.registry."
+    info = await broker.api(f"STREAM.INFO.{REGISTRY}", {"subjects_filter": f"{prefix}*"})
+    return frozenset(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
 
 
 class PolicyFollower:
@@ -213,39 +226,43 @@ class PolicyFollower:
         self._used: tuple[int, int] = (0, 0)
         self._bundles: dict[int, Bundle] = {}
         self._told: tuple[int, int] = (0, 0)
+        self._compiling = asyncio.Lock()
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Follow until cancelled; `ready` is called once what is stored decides."""
         await self._follower.run(ready)
 
-    def recompile(self) -> None:
+    async def recompile(self) -> None:
         """Take new definitions over. For whoever learns that what is approved has changed."""
-        self._use(*self._used)
+        async with self._compiling:
+            await self._use(*self._used)
 
     async def _look(self) -> None:
         active = (await self._store.pointer(ACTIVE)).version
         shadow = (await self._store.pointer(SHADOW)).version
-        if (active, shadow) != self._used:
-            kept = {}
-            for number in {active, shadow} - {0}:
-                kept[number] = self._bundles.get(number) or (await self._store.version(number)).bundle
-            self._bundles = kept
-            self._use(active, shadow)
+        async with self._compiling:
+            if (active, shadow) != self._used:
+                kept = {}
+                for number in {active, shadow} - {0}:
+                    kept[number] = self._bundles.get(number) or (await self._store.version(number)).bundle
+                self._bundles = kept
+                await self._use(active, shadow)
         await self._tell()
 
-    def _use(self, active: int, shadow: int) -> None:
+    async def _use(self, active: int, shadow: int) -> None:
         catalog = self._catalog()
         failure = ""
         engine = candidate = None
         if active:
             try:
-                engine = running(self._bundles[active], catalog, version=active)
+                # Hundreds of rules take a tenth of a second, during which calls go on by the version before.
+                engine = await asyncio.to_thread(running, self._bundles[active], catalog, version=active)
             except InvalidConfig as error:
                 failure = f"version {active} cannot be used: {error}"
                 log.error("nothing is allowed: policy %s", failure)
         if shadow:
             try:
-                candidate = running(self._bundles[shadow], catalog, version=shadow)
+                candidate = await asyncio.to_thread(running, self._bundles[shadow], catalog, version=shadow)
             except InvalidConfig as error:
                 log.warning("version %d cannot be watched in shadow mode: %s", shadow, error)
         self._policy.use(engine, candidate, failure=failure)
@@ -261,4 +278,4 @@ class PolicyFollower:
             self._told = state
 
 
-__all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "registered"]
+__all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "known_agents", "registered"]

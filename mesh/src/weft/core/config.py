@@ -184,14 +184,14 @@ class MeshConfig:
     agents: Mapping[str, AgentConfig] = field(default_factory=dict)
     callers: tuple[str, ...] = (DEFAULT_IDENTITY,)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
-    tools: Mapping[str, ToolServer] = field(default_factory=dict)
-    """Tool servers that stand in the file; `mesh tools add` registers others."""
-    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
     schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
     retention: Retention = field(default_factory=Retention)
     watchdog: WatchConfig = field(default_factory=WatchConfig)
     alerts: tuple[AlertTarget, ...] = ()
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    tools: Mapping[str, ToolServer] = field(default_factory=dict)
+    """Tool servers that stand in the file; `mesh tools add` registers others."""
+    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -243,13 +243,13 @@ class _Reader(YamlReader):
             agents=agents,
             callers=callers,
             gateway=read_gateway(self, fields.get("gateway"), folder=folder, agents=tuple(agents)),
-            tools=read_tools(self, fields.get("tools"), folder=folder),
-            sidecar=read_sidecar(self, fields.get("sidecar")),
             schedules=read_schedules(self, fields.get("schedules"), agents=tuple(agents), callers=callers),
             retention=read_retention(self, fields.get("retention")),
             watchdog=read_watchdog(self, fields.get("watchdog")),
             alerts=read_alerts(self, fields.get("alerts"), folder=folder),
             coordinator=read_coordinator(self, fields.get("coordinator")),
+            tools=read_tools(self, fields.get("tools"), folder=folder),
+            sidecar=read_sidecar(self, fields.get("sidecar")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from weft.policy.compare import SAME, difference, record
+from weft.policy.compare import SAME, difference
 from weft.policy.engine import CedarEngine
 from weft.policy.model import Decision, Obligations, Request, Would
 
@@ -81,11 +81,6 @@ class ActivePolicy:
     def visible(self, request: Request) -> bool:
         """See `PolicyEngine`."""
         return self.active is not None and self.active.visible(request)
-
-    def record(self, request: Request, decision: Decision) -> dict[str, Any]:
-        """What an audit record keeps of a decision; see `compare.record`. Arguments are not redacted here."""
-        needs = self.active.needs(request) if self.active is not None else None
-        return record(request, decision, needs)
 
 
 def _kind(made: Decision, other: Decision) -> str:

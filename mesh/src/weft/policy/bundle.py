@@ -16,7 +16,7 @@ import yaml
 from weft.policy import rules, validate
 from weft.policy.catalog import Catalog
 from weft.policy.engine import CedarEngine
-from weft.policy.problems import InvalidPolicy, Problem
+from weft.policy.problems import InvalidPolicy, Problem, not_yaml
 from weft.policy.rules import Rule
 from weft.policy.validate import Known
 from weft_protocols.canonical import canonical_json
@@ -142,8 +142,7 @@ def _groups(text: str) -> tuple[dict[str, tuple[str, ...]], list[Problem]]:
     try:
         raw: Any = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        return {}, [Problem(GROUPS, mark.line + 1 if mark else 0, f"is not YAML: {error}".splitlines()[0])]
+        return {}, [not_yaml(GROUPS, error)]
     if not isinstance(raw, dict):
         return {}, [Problem(GROUPS, 0, "must be a mapping of groups to lists of agents, e.g. `finance: [billing]`")]
     made: dict[str, tuple[str, ...]] = {}

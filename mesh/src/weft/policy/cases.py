@@ -24,7 +24,7 @@ import yaml
 
 from weft.policy import obligations
 from weft.policy.model import Decision, Obligations, PolicyEngine, Request
-from weft.policy.problems import Problem, suggestion
+from weft.policy.problems import Problem, not_yaml, suggestion
 
 FIELDS: Final = ("name", "request", "expect", "by", "obligations")
 _REQUEST: Final = (
@@ -68,8 +68,7 @@ def read(files: Mapping[str, str]) -> tuple[list[Case], list[Problem]]:
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            problems.append(Problem(file, mark.line + 1 if mark else 0, str(error).splitlines()[0]))
+            problems.append(not_yaml(file, error))
             continue
         if root is None:
             continue

@@ -46,7 +46,9 @@ def parse(text: str) -> Json:
 
 def policy_set(rules: Mapping[str, Json]) -> PolicySet:
     """Rules by id, ready to be evaluated."""
-    made: PolicySet = _cedarpy().PolicySet.from_json_str(_set(rules))
+    # Annotations would be looked up at every decision.
+    plain = {name: {**rule, "annotations": {}} for name, rule in rules.items()}
+    made: PolicySet = _cedarpy().PolicySet.from_json_str(_set(plain))
     return made
 
 
@@ -72,7 +74,7 @@ def validate(rules: Sequence[Json], schema: str) -> list[tuple[int, str]]:
     found = []
     for error in result.errors:
         if not error.policy_id:
-            raise ValueError(f"the schema of the tools is not accepted: {error.error}")
+            raise InvalidConfig(f"the schema of the tools is not accepted: {error.error}")
         # Cedar's own names of the rules say nothing here.
         found.append((int(by_id[error.policy_id]), error.error.removeprefix(f"for policy `{error.policy_id}`, ")))
     return found

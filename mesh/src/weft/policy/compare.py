@@ -14,6 +14,10 @@ from weft.policy.model import Decision, Obligations, PolicyEngine, Request
 from weft.policy.redaction import MARK
 
 SAME: Final = "same"
+LONGEST: Final = 1000
+"""Characters of a text in a record."""
+SHOWN: Final = 200
+"""Characters that are kept of a longer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,27 @@ class Recorded:
         )
 
 
-def record(request: Request, decision: Decision, reads: Reads | None = None) -> dict[str, Any]:
-    """What a record keeps of a decision, so that it can be made again: of the arguments those that rules read."""
+def record(request: Request, decision: Decision, *, redact: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """What a record keeps of a decision, so that any policy can decide about the request anew.
+
+    Args:
+        request: what was asked.
+        decision: what was decided about it.
+        redact: takes secrets out of the arguments, e.g. `Redactor.value`; texts that are very long are cut anyhow.
+    """
     asked = request.encode()
-    if reads is not None and not reads.everything and "arguments" in asked:
-        asked["arguments"] = {name: one for name, one in request.arguments.items() if name in reads.arguments}
+    if "arguments" in asked:
+        arguments = dict(request.arguments)
+        asked["arguments"] = _cut(redact(arguments) if redact is not None else arguments)
     return {"request": asked, **decision.encode()}
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:SHOWN]}{MARK}{len(value) - SHOWN} characters]"
+    if isinstance(value, Mapping):
+        return {name: _cut(one) for name, one in value.items()}
+    return [_cut(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +133,7 @@ class Replay:
     same: int
     flips: tuple[Flip, ...]
     redacted: int
-    """Records that cannot be decided anew, because an argument that rules read was redacted."""
+    """Records that cannot be decided anew: an argument that rules read was redacted, or cut."""
 
 
 def replay(engine: PolicyEngine, needs: Callable[[Request], Reads], recorded: Iterable[Recorded]) -> Replay:

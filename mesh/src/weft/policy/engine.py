@@ -122,7 +122,7 @@ class CedarEngine:
         return tuple(ready.rules.values()) if ready is not None else ()
 
     def needs(self, request: Request) -> Reads:
-        """What the rules about this read of it: what a record has to keep for the decision to be made again."""
+        """What the rules about this read of it."""
         found = self._slice(request)
         ready = found.with_shadow or found.enforced
         return ready.reads if ready is not None else Reads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +20,19 @@ class Pattern:
     """Its group `value`, if it has one, is what is replaced."""
     check: Callable[[str], bool] | None = None
     """Whether what matched is one indeed."""
+    starts: Callable[[str, str], Iterable[int]] | None = None
+    """Of a text and the same in lower case, where alone one can begin, in order: cheaper than to search for it."""
+    shortest: int = 16
+    """Characters it has at least."""
+
+    def possible(self, lower: str) -> bool:
+        """Whether a text, given in lower case, may hold one."""
+        if len(lower) < self.shortest:
+            return False
+        for probe in self.probes:
+            if probe in lower:
+                return True
+        return not self.probes
 
 
 def luhn(text: str) -> bool:
@@ -52,12 +65,36 @@ def _assigned(text: str) -> bool:
     return "=" in text or value[:1] in "\"'" or not value.rstrip(".,;!?").isalpha()
 
 
+def _at_names(_: str, lower: str) -> list[int]:
+    return sorted({at for name in _NAME_PROBES for at in _occurrences(lower, name)})
+
+
+def _at_emails(text: str, _: str) -> Iterator[int]:
+    for at in _occurrences(text, "@"):
+        begin = at
+        while begin > max(0, at - 64) and (text[begin - 1].isalnum() or text[begin - 1] in "_.+-"):
+            begin -= 1
+        if begin < at:
+            yield begin
+
+
+def _occurrences(text: str, probe: str) -> Iterator[int]:
+    at = text.find(probe)
+    while at >= 0:
+        yield at
+        at = text.find(probe, at + 1)
+
+
 _KEY_BEGIN: Final = r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
 _KEY_END: Final = r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
 _NAMES: Final = (
     r"(?:password|passwd|pwd|secret|api[_-]?key|access[_-]?key|secret[_-]?key|auth[_-]?token|access[_-]?token"
     r"|refresh[_-]?token|client[_-]?secret|token)"
 )
+_NAME_PROBES: Final = (
+    "password", "passwd", "secret", "api_key", "apikey", "api-key", "access_key", "access-key", "accesskey", "token",
+    "pwd",
+)  # fmt: skip
 _VALUE: Final = r"(?P<value>\"[^\"\n]{4,512}\"|'[^'\n]{4,512}'|[^\s\"',;&<>{}()\[\]]{6,512})"
 _MODEL: Final = (
     r"(?<![A-Za-z0-9])(?:sk-(?:ant-|proj-|or-|svcacct-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}"
@@ -65,12 +102,14 @@ _MODEL: Final = (
 )
 _PACKAGE: Final = r"(?:npm_[A-Za-z0-9]{36}|pypi-AgEIcHlwaS[A-Za-z0-9_-]{40,}|dckr_pat_[A-Za-z0-9_-]{20,})"
 _EMAIL: Final = r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])"
-_IBAN: Final = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
-_PHONE: Final = r"(?<![\w+])\+[1-9]\d{0,2}[ .(-]{0,2}\d(?:[ .()/-]{0,2}\d){6,12}(?!\w)"
+_IBAN: Final = r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
+_PHONE: Final = r"\+(?<![\w+].)[1-9]\d{0,2}[ .(-]{0,2}\d(?:[ .()/-]{0,2}\d){6,12}(?!\w)"
 
 
-def _secret(kind: str, probes: str, regex: str, check: Callable[[str], bool] | None = None) -> Pattern:
-    return Pattern(kind, tuple(probes.split()), re.compile(regex), check)
+def _secret(
+    kind: str, probes: str, regex: str, check: Callable[[str], bool] | None = None, shortest: int = 16
+) -> Pattern:
+    return Pattern(kind, tuple(probes.split()), re.compile(regex), check, shortest=shortest)
 
 
 SECRETS: Final = (
@@ -89,21 +128,28 @@ SECRETS: Final = (
     _secret("nats-seed", "su sa sn so sc", r"(?<![A-Z0-9])S[UANOC][A-Z2-7]{56}(?![A-Z0-9])"),
     _secret("jwt", "eyj", r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
     _secret("bearer", "bearer basic", r"(?i)\b(?:bearer|basic)\s+(?P<value>(?=\S*\d)[A-Za-z0-9._~+/-]{12,}=*)"),
-    _secret("url-password", "://", r"[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s/:@\"']{0,64}:(?P<value>[^\s/@\"']{1,256})@"),
     _secret(
+        "url-password",
+        "://",
+        r"[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s/:@\"']{0,64}:(?P<value>[^\s/@\"']{1,256})@",
+        shortest=7,
+    ),
+    Pattern(
         "password",
-        "password passwd secret api_key apikey api-key access_key access-key token pwd",
-        rf"(?i){_NAMES}[\"']?\s{{0,3}}(?:=>|=|:)\s{{0,3}}{_VALUE}",
+        _NAME_PROBES,
+        re.compile(rf"(?i){_NAMES}[\"']?\s{{0,3}}(?:=>|=|:)\s{{0,3}}{_VALUE}"),
         _assigned,
+        _at_names,
+        shortest=8,
     ),
 )
 """Credentials."""
 PERSONAL: Final = (
-    _secret("email", "@", _EMAIL),
-    _secret("iban", "", _IBAN, _iban),
-    _secret("card", "", r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])", luhn),
-    _secret("ssn", "", r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])", _ssn),
-    _secret("phone", "+", _PHONE, _phone),
+    Pattern("email", ("@",), re.compile(_EMAIL), None, _at_emails, shortest=6),
+    _secret("iban", "", _IBAN, _iban, 15),
+    _secret("card", "", r"\d(?<![\w.-].)(?:[ -]?\d){12,18}(?![\w-])", luhn, 13),
+    _secret("ssn", "", r"\d(?<![\w-].)\d\d-\d{2}-\d{4}(?![\w-])", _ssn, 11),
+    _secret("phone", "+", _PHONE, _phone, 10),
 )
 """Data about people."""
 CLASSES: Final[Mapping[str, tuple[Pattern, ...]]] = {"secrets": SECRETS, "pii": PERSONAL}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+import yaml
+
 from weft_protocols.errors import InvalidConfig
 
 SHOWN = 8
@@ -38,6 +40,12 @@ class InvalidPolicy(InvalidConfig):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(str(one) for one in problems))
         self.problems = tuple(problems)
+
+
+def not_yaml(file: str, error: yaml.YAMLError) -> Problem:
+    """The problem of a file that cannot be read."""
+    mark = getattr(error, "problem_mark", None)
+    return Problem(file, mark.line + 1 if mark else 0, f"is not YAML: {getattr(error, 'problem', None) or error}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from weft.policy.patterns import CLASSES, SECRETS, Pattern, luhn
@@ -20,6 +21,10 @@ MARK: Final = "[redacted:"
 """What every replacement begins with."""
 DEEPEST: Final = 64
 """Levels of lists and objects; what nests deeper is replaced as a whole."""
+KEYS: Final = 4096
+"""Keys of objects that are remembered."""
+_COUNTS: Final = re.compile(r"(?i)token|pass|seed")
+"""Keys whose number counts something: `token: 12`."""
 _ENCODED: Final = re.compile(r"[A-Za-z0-9+/_-]{24,16384}={0,2}")
 _DIGITS: Final = re.compile(r"\d")
 
@@ -66,10 +71,11 @@ class Redactor:
         self._known = tuple(sorted({one for one in known if len(one) >= 6}, key=len, reverse=True))
         self._secret_keys = "secrets" in self.classes
         self._personal_keys = "pii" in self.classes
+        self._clean: dict[Any, tuple[Any, str]] = {}
 
     def text(self, text: str, found: Redacted | None = None) -> str:
         """`text` without it. The very same object if there is nothing to take out."""
-        found = found if found is not None else Redacted()
+        found, given = found if found is not None else Redacted(), text
         for secret in self._known:
             if secret in text:
                 found.counts["secret"] += text.count(secret)
@@ -77,18 +83,16 @@ class Redactor:
         if len(text) < 6:
             return text
         lower = text.lower()
-        digits: bool | None = None
+        digits = _DIGITS.search(text) is not None
         for pattern in self._patterns:
-            if pattern.probes:
-                if not any(probe in lower for probe in pattern.probes):
-                    continue
-            else:
-                if digits is None:
-                    digits = _DIGITS.search(text) is not None
-                if not digits:
-                    continue
-            text = _replaced(pattern, text, found)
-        return self._decoded(text, found) if self._secret_keys and len(text) >= 24 else text
+            if not pattern.possible(lower) or not (digits or pattern.probes):
+                continue
+            changed = _replaced(pattern, text, lower, found)
+            if changed is not text:
+                text, lower = changed, changed.lower()
+        if self._secret_keys and len(text) >= 24:
+            text = self._decoded(text, found)
+        return given if text == given else text
 
     def value(self, value: Any, found: Redacted | None = None) -> Any:
         """A JSON value without it, keys included. The very same object if there is nothing to take out."""
@@ -117,22 +121,26 @@ class Redactor:
         made: dict[Any, Any] = {}
         same = True
         for key, one in value.items():
-            name = self.text(key, found) if isinstance(key, str) else key
-            made[name] = self._value(one, found, kind or self._kind_of(key, one), level + 1)
+            name, own = self._clean.get(key) or self._key(key, found)
+            if own == "secret" and isinstance(one, int | float) and _COUNTS.fullmatch(key):
+                own = ""
+            made[name] = self._value(one, found, kind or own, level + 1)
             same = same and name is key and made[name] is one
         return value if same else made
 
-    def _kind_of(self, key: Any, value: Any) -> str:
-        """Why a value is redacted for its key; empty if it is not."""
-        if not isinstance(key, str) or len(key) > 64:
-            return ""
-        plain = _PLAIN.sub("", key.lower())
+    def _key(self, key: Any, found: Redacted) -> tuple[Any, str]:
+        """A key without what is redacted, and why its value is; empty if it is not."""
+        if not isinstance(key, str):
+            return key, ""
+        name, own = self.text(key, found), ""
+        plain = _PLAIN.sub("", key.lower()) if len(key) <= 64 else ""
         if self._secret_keys and (plain in _SECRET_KEYS or plain.endswith(_SECRET_ENDS)):
-            # `token: 12` counts something; `pin: 1234` does not, but a number alone opens nothing elsewhere.
-            return "" if plain in ("token", "pass", "seed") and isinstance(value, int | float) else "secret"
-        if self._personal_keys and plain in _PERSONAL_KEYS:
-            return "personal"
-        return ""
+            own = "secret"
+        elif self._personal_keys and plain in _PERSONAL_KEYS:
+            own = "personal"
+        if name is key and len(self._clean) < KEYS:
+            self._clean[key] = (name, own)
+        return name, own
 
     def _number(self, value: float, found: Redacted) -> Any:
         """A card's number may come as a number."""
@@ -161,8 +169,8 @@ class Redactor:
         return _ENCODED.sub(replace, text)
 
 
-def _replaced(pattern: Pattern, text: str, found: Redacted) -> str:
-    def replace(match: re.Match[str]) -> str:
+def _replaced(pattern: Pattern, text: str, lower: str, found: Redacted) -> str:
+    def replacement(match: re.Match[str]) -> str:
         value = match.groupdict().get("value")
         if (pattern.check is not None and not pattern.check(match[0])) or MARK in (value or match[0]):
             return match[0]
@@ -171,9 +179,23 @@ def _replaced(pattern: Pattern, text: str, found: Redacted) -> str:
         begin, end = match.start("value") - match.start(), match.end("value") - match.start()
         return match[0][:begin] + _gone(pattern.kind, found) + match[0][end:]
 
-    return pattern.regex.sub(replace, text)
+    # In lower case some letters are two: then positions are not the same.
+    if pattern.starts is None or len(lower) != len(text):
+        return pattern.regex.sub(replacement, text)
+    parts, done = [], 0
+    for start in pattern.starts(text, lower):
+        if start >= done and (match := pattern.regex.match(text, start)) is not None:
+            parts += [text[done:start], replacement(match)]
+            done = match.end()
+    return "".join([*parts, text[done:]]) if parts else text
 
 
 def _gone(kind: str, found: Redacted) -> str:
     found.counts[kind] += 1
     return f"{MARK}{kind}]"
+
+
+@lru_cache(maxsize=8)
+def redactor(classes: frozenset[str]) -> Redactor:
+    """The redactor of some classes, made once."""
+    return Redactor(sorted(classes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from weft.policy import cedar, expressions, obligations
@@ -18,7 +19,7 @@ class Rule:
     """One permit or forbid."""
 
     id: str
-    """`@id`, else `file:line`."""
+    """`@id`, else `file:line`, with `.2` for the second in a line."""
     effect: str
     """`permit` or `forbid`."""
     chunk: Chunk
@@ -53,7 +54,7 @@ def parse(files: Mapping[str, str]) -> tuple[tuple[Rule, ...], list[Problem]]:
             except ValueError as error:
                 problems.append(Problem(file, chunk.line_of(*_quoted(str(error))), f"{error}"))
                 continue
-            rule = _rule(chunk, raw, problems)
+            rule = _rule(chunk, raw, rules, problems)
             if (other := rules.get(rule.id)) is not None:
                 where = f"{other.chunk.file}:{other.chunk.line}"
                 problems.append(Problem(file, chunk.line, f'there is a rule "{rule.id}" already, at {where}', rule.id))
@@ -62,9 +63,12 @@ def parse(files: Mapping[str, str]) -> tuple[tuple[Rule, ...], list[Problem]]:
     return tuple(rules.values()), problems
 
 
-def _rule(chunk: Chunk, raw: Mapping[str, Any], problems: list[Problem]) -> Rule:
+def _rule(chunk: Chunk, raw: Mapping[str, Any], known: Mapping[str, Rule], problems: list[Problem]) -> Rule:
     annotations = raw["annotations"]
-    name = (annotations.get("id") or "").strip() or f"{chunk.file}:{chunk.line}"
+    name = (annotations.get("id") or "").strip()
+    if not name:
+        place = f"{chunk.file}:{chunk.line}"
+        name = next(one for n in count(1) if (one := place if n == 1 else f"{place}.{n}") not in known)
     notes, wrong = obligations.read(name, raw["effect"], annotations)
     problems += [Problem(chunk.file, chunk.line_of(f"@{word}"), what, name) for word, what in wrong]
     return Rule(name, raw["effect"], chunk, raw, notes, expressions.reads(raw))

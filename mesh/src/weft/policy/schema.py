@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import quote, unquote
 
 from weft.policy.arguments import Kind, quoted
 from weft.policy.catalog import HINTS, Catalog, Offer
@@ -40,8 +41,14 @@ _EMPTY: Final = Kind("Record")
 
 
 def check_action(action: str, offer: Offer | None = None) -> str:
-    """Id of the action that stands for one tool or prompt in the check."""
-    return f"{action} {offer.id}" if offer is not None else action
+    """Id of the action that stands for one tool or prompt in the check; without what Cedar's messages would escape."""
+    return f"{action} {quote(offer.id, safe='')}" if offer is not None else action
+
+
+def checked_offer(action: str, catalog: Catalog) -> Offer | None:
+    """The tool or prompt that such an action stands for."""
+    kind, _, name = action.partition(" ")
+    return catalog.offer(kind, unquote(name))
 
 
 def generate(catalog: Catalog) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import unquote
 
 from weft.policy import cedar, obligations, schema
 from weft.policy.catalog import Catalog, Offer
@@ -154,13 +155,13 @@ def _words(said: str, catalog: Catalog) -> tuple[str, list[str]]:
     for pattern, tell in _TELLERS:
         if (match := pattern.search(said)) is not None:
             return tell(match, catalog)
-    plain = _CHECK_ACTION.sub(r'Tool::"\1"', said)
+    plain = _CHECK_ACTION.sub(lambda match: f'Tool::"{unquote(match[1])}"', said)
     return plain, [part for i, part in enumerate(plain.split("`")) if i % 2]
 
 
 def _missing(match: re.Match[str], catalog: Catalog) -> tuple[str, list[str]]:
     path, action = match[1], match[2]
-    offer = _offer(action, catalog)
+    offer = schema.checked_offer(action, catalog)
     if offer is None:
         return f'args.{path}: `{action}` has no arguments; let the rule be about `action == Action::"call"`', [path]
     fields, name = offer.arguments.fields, path
@@ -178,7 +179,7 @@ def _missing(match: re.Match[str], catalog: Catalog) -> tuple[str, list[str]]:
 
 
 def _optional(match: re.Match[str], catalog: Catalog) -> tuple[str, list[str]]:
-    path, offer = match[1], _offer(match[2], catalog)
+    path, offer = match[1], schema.checked_offer(match[2], catalog)
     parent, _, name = f"args.{path}".rpartition(".")
     whose = offer.id if offer is not None else match[2]
     return f'argument "{path}" of {whose} may be missing; write `context.{parent} has {name} && …` first', [name]
@@ -187,11 +188,6 @@ def _optional(match: re.Match[str], catalog: Catalog) -> tuple[str, list[str]]:
 def _unknown(match: re.Match[str], _: Catalog) -> tuple[str, list[str]]:
     name = match[1].removeprefix("context.")
     return f"there is no context.{name}{suggestion(name, (*schema.CONTEXT, 'args'))}", [name]
-
-
-def _offer(action: str, catalog: Catalog) -> Offer | None:
-    kind, _, name = action.partition(" ")
-    return catalog.offer(kind, name)
 
 
 _Teller = Callable[[re.Match[str], Catalog], tuple[str, list[str]]]

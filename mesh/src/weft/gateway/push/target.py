@@ -21,8 +21,8 @@ import httpcore
 import httpx
 
 from weft.core.resolver import Resolver, SystemResolver
+from weft.policy import egress
 from weft.policy.egress import Refused, is_public
-from weft.policy.egress import address as address_of
 
 CONNECTIONS: Final = 128
 KEEP_OPEN: Final = 30.0
@@ -56,7 +56,7 @@ def check_url(url: str, *, allow_private: bool) -> str:
         return host
     if parts.scheme != "https":
         raise Refused("the URL is not https, and this mesh pushes only over TLS (push.allow_private)", final=True)
-    if address_of(host) is not None and not is_public(host):
+    if egress.address(host) is not None and not is_public(host):
         raise Refused(f"{host} is not a public address (push.allow_private)", final=True)
     return host
 
