@@ -151,6 +151,7 @@ async def test_a_task_calls_with_its_lock_and_is_refused_once_it_is_lost(
     server = await stage.runner(lock={"locked": "crm/{id}"})
     operator: Broker = await mesh.connect("operator")
     found: dict[str, Any] = {}
+    checks: list[bool] = []
     agent = Agent(unique("clerk"))
 
     @agent.skill("work")
@@ -163,6 +164,9 @@ async def test_a_task_calls_with_its_lock_and_is_refused_once_it_is_lost(
         found["without"] = await call()
         async with task.lock(name) as lock:
             found["held"] = await call(fence=lock)
+            body = {"name": name, "token": lock.token, "agent": agent.name, "task": task.id}
+            for wrong in ({}, {"token": lock.token + 1}, {"task": "other"}, {"agent": "other"}, {"name": "other"}):
+                checks.append((await coord.call(operator, "lock-check", body | wrong))["held"])
             async with task.lock(f"other/{task.id}") as other:
                 found["other"] = await call(fence=other)
             old = lock.token
@@ -187,6 +191,7 @@ async def test_a_task_calls_with_its_lock_and_is_refused_once_it_is_lost(
     async with running(mesh, agent), client(mesh) as caller:
         await caller.send(agent.name, "go")
     await operator.close()
+    assert checks == [True, False, False, False, False]
     refusals = {name: (result.refusal or {}).get("reason") for name, result in found.items()}
     assert refusals["without"] == refusals["other"] == "missing"
     assert refusals["held"] is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +127,3 @@ def test_short_values_are_not_looked_for_and_nothing_is_changed_without_secrets(
 def test_what_is_no_source_is_refused(secrets: Any) -> None:
     with pytest.raises(InvalidConfig, match="secrets"):
         guards_of({"secrets": secrets})
-
-
-def test_tests_leave_no_secret_behind() -> None:
-    assert "GUARDS_TEST" not in os.environ
