@@ -44,6 +44,8 @@ PUBLIC_NAMES = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",

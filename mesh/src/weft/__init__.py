@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weft.host.retry import RetryPolicy, StepOptions
     from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
+    from weft.host.tools import ToolResult
     from weft_protocols.errors import (
         A2AError,
         AgentNotFound,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         TaskInterrupted,
         TaskNotFound,
         TaskRejected,
+        ToolError,
         Unavailable,
         Unreachable,
         WeftError,
@@ -56,6 +58,7 @@ _HOME = {
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
     "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
+    "weft.host.tools": ("ToolResult",),
     "weft_protocols.errors": (
         "A2AError",
         "AgentNotFound",
@@ -74,6 +77,7 @@ _HOME = {
         "TaskInterrupted",
         "TaskNotFound",
         "TaskRejected",
+        "ToolError",
         "Unavailable",
         "Unreachable",
         "WeftError",
@@ -118,6 +122,8 @@ __all__ = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",
