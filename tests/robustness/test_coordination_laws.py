@@ -162,7 +162,8 @@ SOUND: list[tuple[str, list[Commit]]] = [
             asked("3", ROOT, "z"),
             asked("4", CHILD, "w", "z"),
             asked("5", OTHER, "w"),
-            granted("3"), freed("3"), granted("5"), freed("5"), freed("1"), granted("2"), freed("2"), granted("4"), freed("4"),
+            granted("3"), freed("3"), granted("5"), freed("5"), freed("1"),
+            granted("2"), freed("2"), granted("4"), freed("4"),
         ),
     ),
     (
