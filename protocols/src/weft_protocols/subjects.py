@@ -20,7 +20,9 @@ DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
 NUMBER: Final = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 _FORMS: Final = {"task": TASK_ID, "slice": SLICE, "sha256": DIGEST, "n": NUMBER}
 """Tokens with a form of their own; every other is a `TOKEN`."""
-RESERVED_NAMES: Final = frozenset({"MESH", "SYS", "operator", "coordinator", "gateway", "broker", "G", "default", "_"})
+RESERVED_NAMES: Final = frozenset(
+    {"MESH", "SYS", "operator", "coordinator", "gateway", "sidecar", "broker", "G", "default", "_"}
+)
 """Names of the mesh's own accounts and identities, and `_` for "all agents"; no agent or caller may take them."""
 OPERATOR: Final = "operator"
 """Caller name of whoever holds an identity inside the MESH account: sees every caller's tasks."""

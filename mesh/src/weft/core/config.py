@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.approversconf import read_approvers
 from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
@@ -188,6 +189,8 @@ class MeshConfig:
     watchdog: WatchConfig = field(default_factory=WatchConfig)
     alerts: tuple[AlertTarget, ...] = ()
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    approvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Roles of each person who may decide about approvals."""
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -225,7 +228,7 @@ class _Reader(YamlReader):
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
         known = (
             "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
-            "alerts",
+            "alerts", "approvers",
         )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
@@ -244,6 +247,7 @@ class _Reader(YamlReader):
             watchdog=read_watchdog(self, fields.get("watchdog")),
             alerts=read_alerts(self, fields.get("alerts"), folder=folder),
             coordinator=read_coordinator(self, fields.get("coordinator")),
+            approvers=read_approvers(self, fields.get("approvers")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:
