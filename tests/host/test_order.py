@@ -80,7 +80,8 @@ async def ordered(mesh: BrokerMesh, unique: Unique, scratch: Scratch) -> AsyncIt
 
 
 @pytest.mark.parametrize(
-    ("contexts", "messages", "kills"), [(8, 5, 1), pytest.param(50, 10, 12, marks=pytest.mark.soak)]
+    ("contexts", "messages", "kills"),
+    [(8, 5, 1), pytest.param(50, 10, 12, marks=[pytest.mark.soak, pytest.mark.timeout(300)])],
 )
 async def test_the_order_holds_through_failures_retries_and_kills(
     mesh: BrokerMesh,

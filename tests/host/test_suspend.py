@@ -455,7 +455,7 @@ async def test_without_a_coordinator_a_task_waits_in_memory_and_leaves_once_ther
         async with await caller.submit(agent.name, "slow") as handle:
             await eventually(lambda: replica.owned and not replica.replica.slots.used)
             assert (await caller.send(agent.name, "quick")).text == "quick"
-            assert replica.owned == [handle.id]
+            await eventually(lambda: replica.owned == [handle.id])
             async with coordinator_process(mesh):
                 await eventually(lambda: not replica.owned)
                 assert (await handle.result()).text == "slept"

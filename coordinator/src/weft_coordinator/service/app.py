@@ -28,7 +28,7 @@ from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler
+from weft_coordinator.service.part import Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.standing import Standing
@@ -110,7 +110,16 @@ class Coordinator:
             facts=self._facts,
             clock=_now,
         )
-        self.archive = self._make_archive(broker)
+        self.archive = Archive(
+            broker,
+            self.projection,
+            self.tail,
+            self.copies,
+            retention=self._retention,
+            leading=lambda: self.leader.leading,
+            grace=self.settings.grace,
+            every=self.settings.archive_every,
+        )
         self._operations.projection = self.archive.facts
         self.states = States()
         self._decided = DecidedLog(broker, self._reader, Ledgers(self.states.ledgers))
@@ -123,6 +132,22 @@ class Coordinator:
             lead=self._on_lead,
             deposed=self._on_deposed,
         )
+        self.handback = HandBack(
+            broker, index=self._index, tail=self.tail, reader=self._reader, leader=lambda: self.leader, clock=_now
+        )
+        self._parts = self._make_parts(tasks)
+        self._leading: list[Subscription] = []
+        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
+        self._gate = Gate(self.settings)
+        self._requests = Tasks(f"requests of coordinator {self.id}")
+        self._subscriptions: list[Subscription] = []
+        self._again = asyncio.Event()
+        self._doubtful = False
+        self._max_bytes: int | None = None
+        self._started = _now()
+        self._answered = 0
+
+    def _make_parts(self, tasks: TaskReader) -> tuple[Part, ...]:
         ground = Ground(
             broker=self._broker,
             settings=self.settings,
@@ -137,31 +162,8 @@ class Coordinator:
             leader=self.leader,
             clock=_now,
         )
-        parts = make_parts(ground, self.states)
-        self.handback = next(part for part in parts if isinstance(part, HandBack))
-        self._parts = (*parts, self.archive, Standing(self._facts, projection=self.archive.facts))
-        self._leading: list[Subscription] = []
-        self._micro = micro.MicroService(broker, self._store, self._operations.presence, clock=_now)
-        self._gate = Gate(self.settings)
-        self._requests = Tasks(f"requests of coordinator {self.id}")
-        self._subscriptions: list[Subscription] = []
-        self._again = asyncio.Event()
-        self._doubtful = False
-        self._max_bytes: int | None = None
-        self._started = _now()
-        self._answered = 0
-
-    def _make_archive(self, broker: Broker) -> Archive:
-        return Archive(
-            broker,
-            self.projection,
-            self.tail,
-            self.copies,
-            retention=self._retention,
-            leading=lambda: self.leader.leading,
-            grace=self.settings.grace,
-            every=self.settings.archive_every,
-        )
+        standing = Standing(self._facts, projection=lambda: self._operations.projection())
+        return (*make_parts(ground, self.states), self.archive, self.handback, standing)
 
     async def start(self) -> None:
         """Make the topology exist, read everything stored, and begin to serve.

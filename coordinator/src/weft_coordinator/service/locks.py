@@ -46,7 +46,9 @@ MAX_WAITERS: Final = 100
 class _Session:
     heard: float
     """When the replica was heard of (monotonic)."""
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.Handle | None = None
+    due: float = 0.0
+    """When the timer is due (loop time)."""
 
 
 class LockPart(Part):
@@ -294,7 +296,7 @@ class LockPart(Part):
         if session is None:
             session = self._sessions[key] = _Session(0.0)
         session.heard = self._clock()
-        if session.timer is None or session.timer.when() > asyncio.get_running_loop().time() + lease:
+        if session.timer is None or session.due > asyncio.get_running_loop().time() + lease:
             self._watch(key, lease)
 
     def _watch(self, key: Key, after: float) -> None:
@@ -304,6 +306,7 @@ class LockPart(Part):
             session.timer.cancel()
         loop = asyncio.get_running_loop()
         due = loop.time() + after
+        session.due = due
         session.timer = loop.call_at(due, self._due, key, due)
 
     def _due(self, key: Key, due: float) -> None:

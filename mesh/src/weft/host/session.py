@@ -70,7 +70,9 @@ class Session:
         self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
         """What it is to be told: a wait, or None for one that is over."""
         self._tick: asyncio.TimerHandle | None = None
-        self._telling: asyncio.TimerHandle | None = None
+        self._telling: asyncio.Handle | None = None
+        self._due = 0.0
+        """When that is (loop time)."""
         self._alone = False
         """Whether it was said already that no coordinator answers."""
 
@@ -372,9 +374,10 @@ class Session:
         loop = asyncio.get_running_loop()
         due = loop.time() + seconds
         if self._telling is not None:
-            if self._telling.when() <= due:
+            if self._due <= due:
                 return
             self._telling.cancel()
+        self._due = due
         self._telling = loop.call_at(due, self._tell)
 
     def _tell(self) -> None:
