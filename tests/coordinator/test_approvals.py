@@ -53,7 +53,9 @@ END = 10_000
 
 def wanted(bound: Bound = CALL, *needs: Need, expires: int = END) -> Approval:
     chain = ("root/1", f"writer/{TASK}")
-    return Approval("", bound, "Send?", "{}", "high", needs or (Need("ops"),), "root", chain, ("writer", "Root"), expires)
+    return Approval(
+        "", bound, "Send?", "{}", "high", needs or (Need("ops"),), "root", chain, ("writer", "Root"), expires
+    )
 
 
 class Desk:
@@ -214,6 +216,16 @@ def test_the_end_of_a_task_withdraws_what_is_open_and_leaves_what_was_settled(de
     assert [desk.state(one) for one in ids] == [WITHDRAWN, WITHDRAWN, DENIED, SPENT]
     assert desk.use(ids[1], bounds[1]) == "it is withdrawn"
     assert not desk.ledger.close("writer", TASK, "again")
+
+
+def test_what_a_task_was_told_stays_true_when_its_time_is_over_or_its_task_has_ended(desk: Desk) -> None:
+    question = replace(CALL, kind="task", server="", tool="", key="_approve")
+    id_ = desk.ask(wanted(question))
+    desk.decide(id_, "ann")
+    desk.now = END * 2
+    assert desk.ask(wanted(question)) == id_
+    desk.take([*desk.ledger.late(desk.now), *desk.ledger.close("writer", TASK, "its task has ended")])
+    assert desk.state(id_) == APPROVED
 
 
 def test_a_settled_request_of_no_task_answers_for_a_while_only(desk: Desk) -> None:
@@ -503,7 +515,7 @@ async def test_a_new_leader_knows_what_was_asked_decided_and_used(fresh_stage: S
         nonlocal states
         listed = await operator(stage, "approvals")
         states = {one["id"]: one["state"] for one in listed["approvals"]}
-        return True
+        return bool(states[late["id"]] == EXPIRED)
 
     await eventually(told)
     assert states == {waiting["id"]: PENDING, approved["id"]: APPROVED, spent["id"]: SPENT, late["id"]: EXPIRED}

@@ -126,7 +126,7 @@ class Approval:
     by: str = ""
     """By which use: whoever repeats that has the same answer."""
     ended: str = ""
-    """`expired` or `withdrawn`, where that was recorded."""
+    """`expired` or `withdrawn`, where that was recorded; `approved` where that is the end, as nothing has to use it."""
     why: str = ""
     settled: int = 0
     """When a decision, a use, a withdrawal or its time settled it; 0 while it is pending or approved."""
@@ -344,10 +344,12 @@ class Approvals:
     def _happened(self, known: Approval, kind: str, values: list[Any], at: int) -> None:
         if kind == DECIDED:
             who, role, allow, reason = values
-            decision = Decision(who, role, allow, reason, at)
-            settled = known.settled if allow else at
-            why = known.why if allow else f"{who} denied it: {reason}"
-            self._put(replace(known, decisions=(*known.decisions, decision), settled=settled, why=why))
+            known = replace(known, decisions=(*known.decisions, Decision(who, role, allow, reason, at)))
+            if not allow:
+                known = replace(known, settled=at, why=f"{who} denied it: {reason}")
+            elif known.bound.kind == TASK and not known.open():
+                known = replace(known, settled=at, ended=APPROVED)
+            self._put(known)
         elif kind == USED:
             self._put(replace(known, used=at, by=values[0], settled=at))
         else:

@@ -55,7 +55,7 @@ class ApprovalPart(Part):
         index: The tasks, to see whose a request is, and when it has ended.
         tail: Brings the index up to date.
         local: Says who may decide.
-        wake: Has a parked task looked at, by agent and id.
+        told: Replicas of an agent, and how a task that is parked is looked at again.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ApprovalPart(Part):
         local: LocalMesh,
         speaker: Speaker,
         clock: Callable[[], int],
-        wake: Callable[[str, str], None],
+        told: tuple[Callable[[str], Collection[str]], Callable[[str, str], None]],
     ) -> None:
         self._ledger = ledger
         self._index = index
@@ -77,7 +77,7 @@ class ApprovalPart(Part):
         self._local = local
         self._speaker = speaker
         self._clock = clock
-        self._wake = wake
+        self._replicas, self._wake = told
         self._waiting: dict[str, tuple[str, str]] = {}
         """Who asked for an approval last: the identity and its replica, which is told."""
         self._approvers: tuple[int, Mapping[str, Sequence[str]] | None] = (-1, None)
@@ -301,8 +301,10 @@ class ApprovalPart(Part):
         approval = self._ledger.get(id_)
         if approval is None:
             return
-        replica = self._waiting.pop(id_, None)
-        if replica is not None:
+        asked = self._waiting.pop(id_, None)
+        # An earlier leader may have been asked: then whichever replica waits hears it.
+        waiting = [asked] if asked is not None else [(_who(approval), one) for one in self._replicas(_who(approval))]
+        for replica in waiting:
             self._speaker.tell(replica, KIND, {"id": id_, "task": approval.bound.task})
         if approval.bound.task:
             self._wake(*approval.task_key)

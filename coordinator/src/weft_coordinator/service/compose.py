@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from weft.core.broker import Broker
@@ -108,6 +108,10 @@ def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
 
 
 def _approvals(ground: Ground, states: States, waking: Waking) -> ApprovalPart:
+    def replicas(agent: str) -> Collection[str]:
+        record = ground.store.get(agent)
+        return record.replicas.keys() if record is not None else ()
+
     part = ApprovalPart(
         states.approvals,
         index=ground.index,
@@ -116,7 +120,7 @@ def _approvals(ground: Ground, states: States, waking: Waking) -> ApprovalPart:
         local=ground.local,
         speaker=Speaker(ground.broker.send),
         clock=ground.clock,
-        wake=waking.look,
+        told=(replicas, waking.look),
     )
     waking.settled = part.settled
     ground.tail.on_change(part.changed)
