@@ -446,6 +446,8 @@ async def test_a_sidecar_asks_for_a_call_and_uses_the_approval_once_for_exactly_
     call = {**tool(sent), "title": "crm update", **need()}
     asked = await sidecar(stage, "approval-request", **call)
     assert (asked["kind"], asked["agent"], asked["tool"]) == (TOOL, sent.agent, "update")
+    with pytest.raises(InvalidParams, match="has no task"):
+        await sidecar(stage, "approval-request", **{**call, "agent": stage.agent()})
     use = {"id": asked["id"], "by": "sidecar-1-7"}
     early = await sidecar(stage, "approval-use", **tool(sent), **use)
     assert (early["used"], early["why"]) == (False, "it is pending")

@@ -286,6 +286,32 @@ async def test_a_branch_that_is_given_up_withdraws_and_the_task_goes_on(
         assert (await handle.result()).text == "True approved"
 
 
+async def test_a_task_waits_for_what_a_sidecar_asked_and_makes_the_call_once(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, operator: Broker
+) -> None:
+    """Fails if a task that left memory for a tool's approval is not woken, or its call is made twice."""
+    agent = weft.Agent(unique("writer"), suspend_after=SOON)
+    refused: list[str] = []
+
+    @agent.skill()
+    async def write(task: weft.Task) -> str:
+        wanted = api.ToolCall(agent.name, "crm", "update", "a" * 64, "d1", "p1", task.id)
+        # What the tool's sidecar does, between the call and its refusal; it runs in account MESH.
+        asked = await api.ask(operator, wanted, title="crm update", needs=[("", 1)], details={"id": "acme"})
+        state = await approving.awaited(task._run, asked.id)
+        refused.append(await api.use(operator, asked.id, wanted, by="call-1"))
+        refused.append(await api.use(operator, asked.id, wanted, by="call-2"))
+        return state
+
+    async with running(mesh, agent) as (replica,), await caller.submit(agent.name, "go") as handle:
+        pending = await asked(operator, agent.name)
+        assert (pending.kind, pending.tool, pending.requester) == ("tool", "update", "local")
+        await eventually(lambda: not replica.owned)
+        await api.decide(operator, pending.id, who="ann", allow=True)
+        assert (await handle.result()).text == "approved"
+    assert refused == ["", "it was used before"]
+
+
 @pytest.mark.parametrize("wrong", [{"title": " "}, {"title": "x" * 501}, {"details": {"x": object()}}])
 async def test_a_question_that_cannot_be_asked_fails_at_once(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, wrong: dict[str, object]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from weft.client.coordinator import TIMEOUT, _Told, call
 from weft.core.broker import Broker
 
+SIDECAR: Final = "sidecar"
+"""Caller of a sidecar's requests."""
 STATES: Final = ("pending", "approved", "denied", "expired", "withdrawn", "used")
 
 
@@ -51,6 +53,26 @@ class ApprovalInfo(_Told):
     """Who, role, allow, reason, at."""
     why: str = ""
     """Why it is denied, expired or withdrawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, as far as an approval is bound to it. With any of it changed, persons are asked anew."""
+
+    agent: str
+    """Who calls."""
+    server: str
+    tool: str
+    arguments: str
+    """SHA-256 of the arguments in canonical JSON, hex."""
+    definition: str
+    """Digest of the tool's definition."""
+    policy: str = ""
+    """Version of the policy."""
+    task: str = ""
+    """Of the caller; empty for none. Its end withdraws the approval."""
+    key: str = ""
+    """Of the step that makes the call: with one, other arguments in the same step void what was approved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +138,50 @@ async def decide(
     """
     body = {"id": id, "as": who, "allow": allow, "reason": reason, "role": role}
     return ApprovalInfo.of(await call(broker, "approval-decide", body, timeout=timeout))
+
+
+# For sidecars --------------------------------------------------------------------------------------
+
+
+async def ask(
+    broker: Broker,
+    wanted: ToolCall,
+    *,
+    title: str,
+    needs: Sequence[tuple[str, int]],
+    risk: str = "",
+    details: Mapping[str, Any] | None = None,
+    expires: float = 86_400.0,
+    timeout: float = TIMEOUT,
+) -> ApprovalInfo:
+    """Ask for the approval of a call on behalf of its agent, or see how it stands: repeating it asks nobody anew.
+
+    Args:
+        broker: a sidecar's connection, in account MESH.
+        wanted: the call.
+        title: what it does, for people.
+        needs: roles, and how many persons of each; an empty role is any approver.
+        risk: `low`, `medium`, `high` or `critical`.
+        details: what people are shown of it, such as the arguments without secrets; JSON values up to 16 KB.
+        expires: seconds after which it counts as refused, and after which it cannot be used.
+        timeout: seconds the answer may take.
+
+    Raises:
+        InvalidParams: a field is wrong, or the agent has no such task.
+        Fenced: the task has ended.
+        Unavailable: no coordinator leads; nothing was asked.
+    """
+    body = {**asdict(wanted), "title": title, "needs": [list(one) for one in needs], "risk": risk, "expires": expires}
+    body["details"] = dict(details or {})
+    return ApprovalInfo.of(await call(broker, "approval-request", body, caller=SIDECAR, timeout=timeout))
+
+
+async def use(broker: Broker, id: str, wanted: ToolCall, *, by: str, timeout: float = TIMEOUT) -> str:
+    """Use an approval for exactly this call, once: empty if the call may be made now, else why it must not be.
+
+    `by` is a token that no other call has; repeating a use with it, when its answer was lost, has the same answer.
+
+    Raises Unavailable while no coordinator leads: then the call must not be made either.
+    """
+    told = await call(broker, "approval-use", {**asdict(wanted), "id": id, "by": by}, caller=SIDECAR, timeout=timeout)
+    return "" if told["used"] is True else str(told["why"]) or "it was refused"

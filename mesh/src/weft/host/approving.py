@@ -36,6 +36,8 @@ EXPIRES: Final = 86_400.0
 """Seconds until a question nobody decided about counts as refused."""
 MAX_TITLE: Final = 500
 """Characters of a question."""
+MAX_KEY: Final = 1000
+"""Characters of a journal key that is told as it is."""
 AGAIN: Final = 10.0
 """Seconds until the coordinator is asked again while nobody says anything; up to twice that, by chance."""
 ASK: Final = 5.0
@@ -155,7 +157,8 @@ class Approving:
         else:
             note = _Asked(**msgpack.unpackb(before.data))
             _same(run, key, note.input, digest)
-        body = {**asked, "task": run.task_id, "key": key, "replica": run.replica}
+        named = key if len(key) <= MAX_KEY else subjects.step_token(key)
+        body = {**asked, "task": run.task_id, "key": named, "replica": run.replica}
         told = await self._settled(key, note, body)
         made = Approval.of(told)
         record = StepRecord(key, digest, bytes(msgpack.packb(asdict(made))))
@@ -223,12 +226,33 @@ async def settled(run: Run, told: dict[str, Any], ask: Callable[[], Awaitable[di
         run.decided.pop(id_, None)
 
 
-async def request(run: Run, body: Mapping[str, Any]) -> dict[str, Any]:
-    """How a request stands, as the coordinator says; asks again as long as none answers."""
+async def awaited(run: Run, id_: str, *, key: str = records.APPROVAL_KEY) -> str:
+    """The state of an approval that a sidecar asked for on behalf of a task, once it is settled. Holds no slot.
+
+    May leave memory: then the task is run again, and what it does to get here has to be the same. What comes of it is
+    not recorded here: whoever asked decides again.
+
+    Raises:
+        InvalidParams: there is no such approval of this agent.
+    """
+
+    async def ask() -> dict[str, Any]:
+        return await request(run, {"id": id_}, operation="approval")
+
+    told = await ask()
+    if told["state"] != PENDING:
+        return str(told["state"])
+    async with run.slot.waiting():
+        with run.waits.open("approval", (told["id"],), key=key, until=told["expires"] / 1000):
+            return str((await settled(run, told, ask))["state"])
+
+
+async def request(run: Run, body: Mapping[str, Any], *, operation: str = "approval-request") -> dict[str, Any]:
+    """How an approval stands, as the coordinator says; asks again as long as none answers."""
     attempt = 0
     while True:
         try:
-            return await coordinator.call(run.mesh.broker, "approval-request", body, caller=run.agent.name, timeout=ASK)
+            return await coordinator.call(run.mesh.broker, operation, body, caller=run.agent.name, timeout=ASK)
         except (Unavailable, BrokerError, InternalError) as error:
             if not attempt:
                 log.warning("task %s waits for an approval: %s; it is tried on", run.task_id, error)
@@ -288,4 +312,4 @@ def _words(approval: Approval) -> str:
     return f"{approval.state}{by}{f': {approval.reason}' if approval.reason else ''}"
 
 
-__all__ = ["Approval", "Approving", "Decisions", "request", "settled", "withdraw"]
+__all__ = ["Approval", "Approving", "Decisions", "awaited", "request", "settled", "withdraw"]
