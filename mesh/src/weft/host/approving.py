@@ -279,13 +279,12 @@ class Decisions:
         """The coordinator says that there is a decision: whoever waits for it asks."""
         try:
             told = msgpack.unpackb(control.data)
-            run = self._owner.live.get(told["task"])
-            event = run.decided.get(told["id"]) if run is not None else None
+            run, id_ = self._owner.live.get(told["task"]), str(told["id"])
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             log.warning("control message %s of the coordinator is not understood: %r", control.op, error)
             return
-        if event is not None:
-            event.set()
+        if run is not None:  # it may come before the answer to the request
+            run.decided.setdefault(id_, asyncio.Event()).set()
 
 
 def _same(run: Run, key: str, before: str, now: str) -> None:

@@ -241,7 +241,7 @@ class Run:
     runner: asyncio.Task[Any] | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     decided: dict[str, asyncio.Event] = field(default_factory=dict)
-    """Approvals that are waited for here, by id: set when there may be a decision."""
+    """Approvals that are waited for here, or soon will be, by id: set when there may be a decision."""
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
     steps: dict[str, float] = field(default_factory=dict)
