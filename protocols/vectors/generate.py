@@ -19,7 +19,7 @@ from a2a.types import a2a_pb2 as pb
 from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
 
-from weft_protocols import a2a, errors, events, ids, records, subjects
+from weft_protocols import a2a, errors, events, ids, mcp, records, subjects
 from weft_protocols import headers as h
 from weft_protocols.states import END_LABELS, TRANSITIONS, State
 
@@ -43,6 +43,7 @@ def render() -> dict[Path, bytes]:
         VECTORS / "pages.json": _pages(),
         VECTORS / "groups.json": _groups(),
         VECTORS / "blobs.json": _blobs(),
+        VECTORS / "mcp.json": _mcp(),
         SPEC / "errors.json": _error_table(),
     }
     return {path: (json.dumps(content, indent=2) + "\n").encode() for path, content in files.items()}
@@ -616,6 +617,88 @@ def _blobs() -> dict[str, Any]:
         f"https://example.com/{_SHA}?chunks=1&size=1",
     ]
     return {"spec": "section 15", "cases": cases, "refused": refused}
+
+
+def _mcp() -> dict[str, Any]:
+    meta = {mcp.META_VERSION: mcp.VERSION, mcp.META_CAPABILITIES: {}}
+    cases = []
+    for server, method, name, more in (
+        ("files", "tools/call", "read", {"arguments": {"path": "/a"}}),
+        ("files", "tools/call", "read file", {"arguments": {}}),
+        ("files", "tools/call", "_", {"arguments": {}}),
+        ("files", "tools/call", "k-1", {"arguments": {}}),
+        ("files", "tools/call", "größe", {"arguments": {}}),
+        ("files", "tools/call", "=?base64?eA==?=", {"arguments": {}}),
+        ("_", "tools/call", "files__read", {"arguments": {}}),
+        ("files", "resources/read", "file:///a/b.txt", {}),
+        ("files", "prompts/get", "summary", {}),
+        ("_", "tools/list", "", {}),
+        ("files", "resources/templates/list", "", {}),
+        ("files", "subscriptions/listen", "", {"notifications": {"toolsListChanged": True}}),
+        ("_", "server/discover", "", {}),
+    ):
+        named = {mcp.NAMED[method]: name} if method in mcp.NAMED else {}
+        body = {"jsonrpc": "2.0", "id": "r1", "method": method, "params": {**named, **more, "_meta": meta}}
+        cases.append(
+            {
+                "caller": "analyst",
+                "server": server,
+                "method": method,
+                "name": name,
+                "subject": mcp.request_subject("analyst", server, method=method, name=name),
+                "headers": mcp.request_headers(method, name, "r1"),
+                "body": body,
+            }
+        )
+    good = cases[0]
+    refused = [
+        {"what": what, "code": code, **{**{key: good[key] for key in ("subject", "headers", "body")}, **changed}}
+        for what, code, changed in (
+            ("another name in the subject", mcp.MISMATCH, {"subject": f"{good['subject']}2"}),
+            (
+                "another method in the subject",
+                mcp.MISMATCH,
+                {"subject": "mcp.v1.req.default.analyst.files.tools.list.read"},
+            ),
+            (
+                "another method in the header",
+                mcp.MISMATCH,
+                {"headers": {**good["headers"], "Mcp-Method": "tools/list"}},
+            ),
+            ("another name in the header", mcp.MISMATCH, {"headers": {**good["headers"], "Mcp-Name": "write"}}),
+            ("no name in the header", mcp.MISMATCH, {"headers": {**good["headers"], "Mcp-Name": ""}}),
+            ("another version in the header", mcp.MISMATCH, {"headers": {**good["headers"], mcp.VERSION_HEADER: "1"}}),
+            ("no version in the body", mcp.INVALID_PARAMS, {"body": _without(good["body"], mcp.META_VERSION)}),
+            ("no capabilities", mcp.INVALID_PARAMS, {"body": _without(good["body"], mcp.META_CAPABILITIES)}),
+            ("a notification", mcp.INVALID_REQUEST, {"body": {k: v for k, v in good["body"].items() if k != "id"}}),
+            ("a batch", mcp.INVALID_REQUEST, {"body": [good["body"]]}),
+            ("a wildcard for the caller", mcp.INVALID_REQUEST, {"subject": good["subject"].replace("analyst", "*")}),
+            ("too short a subject", mcp.INVALID_REQUEST, {"subject": "mcp.v1.req.default.analyst.files.read"}),
+        )
+    ]
+    values = ["read", "a b", "größe", " a", "a ", "", "a\nb", "=?base64?eA==?=", "file:///a?b=c", "x" * 70]
+    return {
+        "spec": "mcp-over-nats.md, sections 3 to 5",
+        "requests": cases,
+        "refused": refused,
+        "header_values": [{"value": value, "header": mcp.encode_value(value)} for value in values],
+        "broken_header_values": ["=?base64?x?=", "=?base64?eA?=", "=?base64?/w==?=", "=?base64?eB==?="],
+        "controls": [
+            {"caller": "analyst", "request": "r1", "subject": mcp.control_subject("analyst", "r1"), "control": control}
+            for control in mcp.CONTROLS_KNOWN
+        ],
+        "aggregate": {
+            "tools": [["files", "read", mcp.joined("files", "read")], ["a_b", "_x", mcp.joined("a_b", "_x")]],
+            "resources": [["files", "file:///a", mcp.joined_uri("files", "file:///a")]],
+            "refused": ["read", "files__", "__read", "fi les__read", "a_"],
+        },
+        "servers": {"valid": ["files", "a_b", "a-", "0"], "refused": ["", "_", "a__b", "_a", "a_", "a.b", "a" * 33]},
+    }
+
+
+def _without(body: dict[str, Any], key: str) -> dict[str, Any]:
+    meta = {name: value for name, value in body["params"]["_meta"].items() if name != key}
+    return {**body, "params": {**body["params"], "_meta": meta}}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from weft_protocols.errors import WeftError
 from weft_protocols.subjects import GRAMMAR
 
 T = TypeVar("T")
-OWN_PROCESS = ("up", "run", "coordinator", "gateway", "demo")
+OWN_PROCESS = ("up", "run", "coordinator", "gateway", "sidecar", "mcp", "demo")
 
 AGENT = '''
 """An agent for tests of the command line: what it does is in the message."""

@@ -64,7 +64,7 @@ def test_the_guardian_survives_a_signal_to_everybody(owner: subprocess.Popen[str
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_the_system_itself_ends_a_child_whose_guardian_died_first(until: Callable[..., Any]) -> None:
-    launch = Path(__file__).parents[2] / "mesh/src/weft/cli/supervisor/launch.py"
+    launch = Path(__file__).parents[2] / "mesh/src/weft/core/launch.py"
     code = (
         "import os, subprocess, sys, time; "
         f"p = subprocess.Popen([sys.executable, '-I', '-S', {str(launch)!r}, str(os.getpid()), "
@@ -82,7 +82,7 @@ def test_the_system_itself_ends_a_child_whose_guardian_died_first(until: Callabl
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_child_whose_parent_is_gone_already_does_not_begin(tmp_path: Path) -> None:
-    launch = Path(__file__).parents[2] / "mesh/src/weft/cli/supervisor/launch.py"
+    launch = Path(__file__).parents[2] / "mesh/src/weft/core/launch.py"
     mark = tmp_path / "began"
     run = subprocess.run(
         [sys.executable, "-I", "-S", str(launch), "1", sys.executable, "-c", f"open({str(mark)!r}, 'w')"],

@@ -204,7 +204,16 @@ async def test_what_only_the_mesh_may_say_nobody_else_can(cast: Cast, who: str, 
     assert [one.data for one in (*cast.at_victor, *cast.at_vera)] == [b"genuine"]
 
 
-@pytest.mark.parametrize("subject", ["mesh.rpc.{victor}.GetTask.{who}", "mesh.coord.lock.{who}"])
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "mesh.rpc.{victor}.GetTask.{who}",
+        "mesh.coord.lock.{who}",
+        "mcp.v1.req.default.{who}.files.tools.call.read",
+        "mcp.v1.req.default.{who}._.tools.list._",
+        "mcp.v1.ctl.default.{who}.r1",
+    ],
+)
 @pytest.mark.parametrize("who", ["mallory", "eve"])
 async def test_a_request_carries_the_name_of_whoever_sends_it(cast: Cast, who: str, subject: str) -> None:
     def answer(request: Delivered) -> None:
@@ -215,19 +224,20 @@ async def test_a_request_carries_the_name_of_whoever_sends_it(cast: Cast, who: s
     await cast.coordinator.flush()
     own = cast.fill(subject.replace("{who}", f"{{{who}}}"))
     assert (await cast.broker(who).request(own, timeout=DEADLINE)).data == own.encode()
-    for other in ("vera", "victor"):
+    for other in ("{vera}", "{victor}", "operator", "*"):
         with pytest.raises(Unreachable):
-            await cast.broker(who).request(cast.fill(subject.replace("{who}", f"{{{other}}}")), timeout=DEADLINE)
+            await cast.broker(who).request(cast.fill(subject.replace("{who}", other)), timeout=DEADLINE)
     await serving.close()
 
 
-@pytest.mark.parametrize("pattern", ["mesh.rpc.>", "mesh.coord.>", ">"])
+@pytest.mark.parametrize("pattern", ["mesh.rpc.>", "mesh.coord.>", "mcp.>", ">"])
 @pytest.mark.parametrize("who", ["mallory", "eve"])
 async def test_nobody_outside_the_mesh_gets_requests_to_answer(cast: Cast, who: str, pattern: str) -> None:
     overheard: list[Delivered] = []
     listening = await cast.broker(who).subscribe(pattern, overheard.append)
     await cast.broker(who).flush()
-    for subject in ("mesh.rpc.{victor}.GetTask.{vera}", "mesh.coord.lock.{vera}"):
+    tools = "mcp.v1.req.default.{vera}.files.tools.call.read"
+    for subject in ("mesh.rpc.{victor}.GetTask.{vera}", "mesh.coord.lock.{vera}", tools):
         cast.vera.send(cast.fill(subject), b"secret", reply=cast.vera.new_inbox())
     await cast.settled()
     assert overheard == []

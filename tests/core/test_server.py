@@ -80,7 +80,7 @@ async def test_nothing_a_server_leaves_on_disk_can_be_read_by_others(server: Emb
 
 async def test_seeds_are_in_no_file_but_their_own(server: EmbeddedServer, home: Path) -> None:
     seeds = {read_seed(path) for path in (home / "keys").glob("*.nk")}
-    assert len(seeds) == 6
+    assert len(seeds) == 7
     seeds.add((home / "keys" / "cards.pem").read_text().splitlines()[1])
     others = [path for path in _files(home) if path.parent.name != "keys"]
     assert [path for path in others for seed in seeds if seed.encode() in path.read_bytes()] == []

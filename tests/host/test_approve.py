@@ -236,8 +236,8 @@ async def test_another_question_on_another_attempt_is_an_error_with_a_name(
             await api.decide(operator, pending.id, who="ann", allow=True)
             view = await handle.result()
         else:
-            await first.crash()
             async with running(mesh, agent):
+                await first.stop()
                 view = await handle.result(20)
     assert view.state is weft.State.FAILED
     assert view.message is not None

@@ -11,6 +11,7 @@ from weft.client import coordinator as coord
 from weft.core.broker import Broker
 from weft.core.supervise import Tasks
 from weft.host.locking import Lock
+from weft.host.session import Session
 from weft.testing import locklog
 from weft.testing.agents import Process, ReplicaProcesses, client, coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh
@@ -230,6 +231,34 @@ async def test_a_waiting_task_holds_no_slot_and_a_lock_keeps_a_task_in_memory(
         await caller.send(agent.name, "yes", task_id=first.id, context_id=first.context_id)
         assert (await second.result()).text == "had it"
         assert events == ["asks 1", "waits", "answered", "has it"]
+
+
+async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
+    mesh: BrokerMesh, unique: Unique, caller: weft.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a task that comes back to a lock, while the leader changes, is told that it would wait for itself."""
+    agent = weft.Agent(unique("again"))
+    send_back, lost = Session._send_back, list[str]()
+
+    def lose(self: Session, request: str, data: bytes) -> None:
+        lost.append(request)
+        if len(lost) > 1:
+            send_back(self, request, data)
+
+    monkeypatch.setattr(Session, "_send_back", lose)
+
+    @agent.skill()
+    async def work(task: weft.Task) -> list[int]:
+        tokens = []
+        for _ in range(2):
+            async with task.lock("again", wait=None) as lock:
+                tokens.append(lock.token)
+        return tokens
+
+    async with running(mesh, agent):
+        first, second = (await (await caller.submit(agent.name, "go")).result()).data
+    assert first < second
+    assert lost[0] in lost[1:]
 
 
 async def test_an_operator_takes_a_lock_away_and_the_holder_learns_why_at_its_next_use(

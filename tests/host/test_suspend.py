@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from a2a.types import a2a_pb2 as pb
@@ -17,7 +18,7 @@ from weft.testing.watching import heard, settled
 from weft_protocols import headers as h
 from weft_protocols import ids, subjects
 from weft_protocols.errors import DeadlineExceeded
-from weft_protocols.records import SUSPENDED, Claim
+from weft_protocols.records import MESSAGE_KEY, SUSPENDED, Claim, StoredMessage
 
 Unique = Callable[[str], str]
 SOON = 0.05
@@ -415,6 +416,34 @@ async def test_what_happens_between_parking_and_leaving_is_not_lost(
     stored.check()
 
 
+async def test_a_wake_that_comes_to_a_replica_that_was_superseded_is_left_to_another_one(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
+) -> None:
+    """Fails if a replica that stood still, and thinks it runs the task, uses the wake up: nobody else would get it."""
+    agent = weft.Agent(unique("frozen"))
+    runs: list[int] = []
+    gate = asyncio.Event()
+
+    @agent.skill()
+    async def work(task: weft.Task) -> str:
+        runs.append(1)
+        if len(runs) == 1:
+            await gate.wait()
+        return task.replica
+
+    async with running(mesh, agent), await caller.submit(agent.name, "go") as handle:
+        await eventually(lambda: runs)
+        stored = await StoredTask.read(mesh, agent.name, handle.id)
+        await suspended_elsewhere(mesh, stored)
+        (seq, _), *_ = (await StoredTask.read(mesh, agent.name, handle.id)).claims[::-1]
+        await wake(caller, handle, claim=seq)
+        async with running(mesh, agent) as (other,):
+            assert (await handle.result()).text == other.id
+            gate.set()
+            await settled(mesh, agent.name)
+    assert len(runs) == 2
+
+
 async def test_hundreds_of_tasks_that_wait_hold_no_slot_and_all_go_on(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
 ) -> None:
@@ -510,10 +539,31 @@ async def send_follow_up(caller: weft.Mesh, handle: weft.Handle, text: str, *, m
     )
 
 
-async def wake(caller: weft.Mesh, handle: weft.Handle, *, task_id: str = "") -> None:
+async def suspended_elsewhere(mesh: BrokerMesh, stored: StoredTask) -> None:
+    """What another replica writes that takes the task over and suspends it."""
+    message = stored.messages[0]
+    _, _, agent, *_, task_id = message.subject.split(".")
+    (seq, claim), *_ = stored.claims
+    original = StoredMessage(message.data, message.headers or b"", message.seq, claim.context, claim.origin)
+    broker = await mesh.connect(agent)
+    try:
+        elsewhere = replace(claim, replica="elsewhere", attempt=2, state=SUSPENDED, delivery="", waiting="_sleep")
+        token = await broker.publish(
+            subjects.claim(agent, task_id),
+            elsewhere.encode(),
+            headers=h.block(h.fields({h.EXPECTED_SEQUENCE: str(seq)})),
+        )
+        fence = {h.EXPECTED_SEQUENCE: str(token), h.EXPECTED_SUBJECT: subjects.claim(agent, task_id)}
+        step = subjects.step(agent, task_id, subjects.step_token(MESSAGE_KEY))
+        await broker.publish(step, original.encode(), headers=h.block(h.fields(fence)))
+    finally:
+        await broker.close()
+
+
+async def wake(caller: weft.Mesh, handle: weft.Handle, *, task_id: str = "", claim: int = 0) -> None:
     """What the coordinator writes, written by somebody else."""
     subject = subjects.input(handle.agent, ids.slice_of(handle.context_id), caller.caller, task_id or handle.id)
-    values = {h.VERSION: h.A2A_VERSION, h.METHOD: h.WAKE, h.ORIGIN: caller.origin}
+    values = {h.VERSION: h.A2A_VERSION, h.METHOD: h.WAKE, h.ORIGIN: caller.origin, h.CLAIM: str(claim)}
     await caller.broker.publish(subject, b"", headers=h.block(h.fields(values)))
 
 

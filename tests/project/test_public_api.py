@@ -45,6 +45,8 @@ PUBLIC_NAMES = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",

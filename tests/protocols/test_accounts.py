@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft_protocols import accounts, subjects
+from weft_protocols import accounts, mcp, subjects
 from weft_protocols.accounts import Export, Import
-from weft_protocols.resources import BLOBS, PUSH, PUSH_CONSUMER, STREAM
+from weft_protocols.resources import (
+    BLOBS,
+    PUSH,
+    PUSH_CONSUMER,
+    STREAM,
+    TOOL_CHANGES,
+    TOOL_PINS,
+    TOOL_SERVERS,
+    TOOLS,
+)
 from weft_protocols.subjects import GRAMMAR, Kind
 
 AGENTS = ("analyst", "analyst-2", "b")
@@ -175,9 +184,28 @@ def test_every_export_but_the_blobs_names_who_may_import_it(export: Export) -> N
         assert export.subject.split(".")[export.account_position - 1] == "*"
 
 
-def test_only_pulls_have_many_replies() -> None:
+def test_only_pulls_and_tool_requests_have_many_replies() -> None:
     many = {e.subject for e in accounts.exports(AGENTS) if e.many_replies}
-    assert many == {f"{accounts.NEXT}.{STREAM}.{subjects.consumer(a, lane)}" for a in AGENTS for lane in subjects.LANES}
+    pulls = {f"{accounts.NEXT}.{STREAM}.{subjects.consumer(a, lane)}" for a in AGENTS for lane in subjects.LANES}
+    assert many == {*pulls, mcp.REQUEST_EXPORT}
+
+
+@given(ACCOUNT, ACCOUNT, st.sampled_from(["files", "_"]), st.sampled_from(["default", "other", *LITERAL_WILDCARDS]))
+def test_everybody_asks_for_tools_in_their_own_name_only(me: Account, other: Account, server: str, tenant: str) -> None:
+    for caller in (other.name, *LITERAL_WILDCARDS):
+        request = mcp.request_subject(caller, server, method="tools/call", name="read", tenant=tenant)
+        control = mcp.control_subject(caller, "r1", tenant=tenant)
+        assert me.may_publish(request) == me.may_publish(control) == (caller == me.name)
+        assert not me.may_hear(request)
+        assert not me.may_hear(control)
+
+
+@given(ACCOUNT)
+def test_nobody_reaches_what_is_registered_and_approved(me: Account) -> None:
+    for subject in (f"{TOOL_SERVERS}.files", f"{TOOL_PINS}.files", f"{TOOL_CHANGES}.files"):
+        assert not me.may_publish(subject)
+        assert not me.may_hear(subject)
+        assert not me.may_publish(f"{accounts.DIRECT_GET}.{TOOLS}.{subject}")
 
 
 def test_an_account_that_shares_a_prefix_with_another_is_another() -> None:

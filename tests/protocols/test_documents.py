@@ -63,6 +63,8 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         command = importlib.import_module(COMMANDS[words[1]]).command
         if isinstance(command, click.Group) and len(words) > 2 and words[2] in command.commands:
             command = command.commands[words[2]]
+        if "--" in words:
+            words = words[: words.index("--")]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words[2:] if word.startswith("-")} <= known, line
 

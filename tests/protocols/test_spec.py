@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from weft_protocols import a2a, ids, resources, subjects
+from weft_protocols import a2a, ids, mcp, resources, subjects
 from weft_protocols import headers as h
 from weft_protocols.errors import A2A_ERRORS, JETSTREAM_CODES
 from weft_protocols.states import END_LABELS, State
@@ -176,6 +176,31 @@ def test_there_are_samples() -> None:
 def test_every_vector_file_names_a_section_that_speaks_of_it() -> None:
     for path in sorted((PROTOCOLS / "vectors").glob("*.json")):
         number = json.loads(path.read_text(encoding="utf-8"))["spec"].removeprefix("section ")
+        if number.startswith("mcp-over-nats.md"):
+            continue  # of the other binding
         title = re.search(rf"^## ({number} .*)$", TEXT, flags=re.MULTILINE)
         assert title is not None, path.name
         assert f"(../vectors/{path.name})" in section(title[1]), path.name
+
+
+# MCP over NATS -------------------------------------------------------------------------------------
+
+MCP_TEXT = (PROTOCOLS / "spec" / "mcp-over-nats.md").read_text(encoding="utf-8")
+
+
+def test_the_codes_of_the_tool_binding_are_those_of_the_code() -> None:
+    told = re.findall(r"^\| (-\d+) \| (\w+) \| ([^|]+) \|$", MCP_TEXT, flags=re.MULTILINE)
+    assert {int(code): (name, meaning.strip()) for code, name, meaning in told} == mcp.CODES
+
+
+def test_the_tool_binding_names_what_the_code_has() -> None:
+    for number, what in ((mcp.KEEP_ALIVE, "for 15 s"), (mcp.SILENCE, "for 50 s"), (mcp.LEASE, "100 s after")):
+        assert f"{number:g} s" in what
+        assert what in MCP_TEXT
+    assert f"account_token_position: {mcp.CALLER_POSITION}" in MCP_TEXT
+    for header in (mcp.METHOD_HEADER, mcp.NAME_HEADER, mcp.VERSION_HEADER, mcp.REQUEST_HEADER, mcp.CLAIM_HEADER):
+        assert f"| `{header}` |" in MCP_TEXT
+    for control in mcp.CONTROLS_KNOWN:
+        assert f"| `{control}` |" in MCP_TEXT
+    for frame in mcp.FRAMES:
+        assert f"| `{frame}` |" in MCP_TEXT

@@ -16,9 +16,9 @@ from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
 
 from weft.core.blobs import BlobRef
-from weft_protocols import a2a, events, ids, records, states, subjects
+from weft_protocols import a2a, events, ids, mcp, records, states, subjects
 from weft_protocols import headers as h
-from weft_protocols.errors import A2A_ERRORS, InvalidName, InvalidParams, InvalidRequest, ParseError
+from weft_protocols.errors import A2A_ERRORS, InvalidName, InvalidParams, InvalidRequest, ParseError, ToolError
 from weft_protocols.states import State
 
 VECTORS = Path(__file__).parents[2] / "protocols" / "vectors"
@@ -237,3 +237,45 @@ def test_blob_references(case: dict[str, Any]) -> None:
 def test_what_is_not_a_blob_reference(url: str) -> None:
     with pytest.raises(InvalidParams, match="not a blob reference"):
         BlobRef.parse(url)
+
+
+@pytest.mark.parametrize("case", load("mcp")["requests"], ids=lambda case: case["subject"])
+def test_tool_requests(case: dict[str, Any]) -> None:
+    headers = {name.lower(): value for name, value in case["headers"].items()}
+    found = mcp.inspect(case["subject"], headers, case["body"])
+    assert (found.target.caller, found.target.server) == (case["caller"], case["server"])
+    assert (found.id, found.method, found.name) == ("r1", case["method"], case["name"])
+
+
+@pytest.mark.parametrize("case", load("mcp")["refused"], ids=lambda case: case["what"])
+def test_tool_requests_that_are_refused(case: dict[str, Any]) -> None:
+    headers = {name.lower(): value for name, value in case["headers"].items()}
+    with pytest.raises(ToolError) as refused:
+        mcp.inspect(case["subject"], headers, case["body"])
+    assert refused.value.code == case["code"]
+
+
+def test_values_of_tool_headers() -> None:
+    vectors = load("mcp")
+    for case in vectors["header_values"]:
+        assert mcp.encode_value(case["value"]) == case["header"]
+        assert mcp.decode_value(case["header"]) == case["value"]
+    assert [mcp.decode_value(value) for value in vectors["broken_header_values"]] == [None] * 4
+    for case in vectors["controls"]:
+        assert mcp.parse_control(case["subject"]) == (case["caller"], case["request"])
+
+
+def test_names_of_tools_and_servers() -> None:
+    vectors = load("mcp")
+    for server, name, joined in vectors["aggregate"]["tools"]:
+        assert mcp.split(joined) == (server, name)
+    for server, uri, joined in vectors["aggregate"]["resources"]:
+        assert mcp.split_uri(joined) == (server, uri)
+    for name in vectors["aggregate"]["refused"]:
+        with pytest.raises(ToolError):
+            mcp.split(name)
+    for name in vectors["servers"]["valid"]:
+        assert mcp.check_server(name) == name
+    for name in vectors["servers"]["refused"]:
+        with pytest.raises(InvalidName):
+            mcp.check_server(name)

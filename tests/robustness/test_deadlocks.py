@@ -160,6 +160,44 @@ async def test_three_agents_that_lock_and_delegate_in_a_circle_end_well(fresh_me
         assert "gives way" in await process.said("deadlock:")
 
 
+async def test_parents_that_hold_what_each_others_children_need_both_end_well_though_one_gave_its_child_up(
+    fresh_mesh: BrokerMesh,
+) -> None:
+    """Whoever gives way is tried again by its host, and then has another child: the one it dropped was cancelled."""
+    barrier = Barrier(2)
+    left, right, child = weft.Agent("left"), weft.Agent("right"), weft.Agent("child")
+    attempts: list[str] = []
+
+    @child.skill()
+    async def use(task: weft.Task, name: str) -> str:
+        async with task.lock(name, wait=None):
+            return f"used {name}"
+
+    async def manage(task: weft.Task, own: str, other: str) -> str:
+        async with task.lock(own, wait=None):
+            attempts.append(own)
+            await barrier.reached()
+            return (await task.delegate("child", other)).text
+
+    left.skill()(manage)
+    right.skill()(manage)
+    async with stage(fresh_mesh, left, right, child) as (caller, _, operator):
+        handles = [
+            await caller.submit("left", {"own": "a", "other": "b"}),
+            await caller.submit("right", {"own": "b", "other": "a"}),
+        ]
+        async with asyncio.timeout(30):
+            assert [(await handle.result()).text for handle in handles] == ["used b", "used a"]
+        told = await found(operator)
+        assert {edge[0] for edge in told["last"][0]["cycle"]} == {"left", "right", "child"}
+        assert sorted(edge[2] for edge in told["last"][0]["cycle"]) == ["child", "child", "lock", "lock"]
+        agents = {edge[1]: edge[0] for edge in told["last"][0]["cycle"]}
+        victims = {agents[one["victim"]] for one in told["last"]}
+        assert victims <= {"left", "right"}, "a child holds nothing that anybody waits for"
+        assert len(attempts) == 2 + told["count"]
+        assert (await coordinator.call(operator, "locks"))["locks"] == []
+
+
 async def test_whoever_waits_with_another_branch_that_goes_on_is_left_alone(fresh_mesh: BrokerMesh) -> None:
     """Two tasks wait for each other's lock, but one of them lets go by itself, from a branch that still works."""
     barrier = Barrier(3)
@@ -302,3 +340,76 @@ async def test_whoever_waits_for_its_turn_behind_a_task_that_needs_it_is_refused
         assert {edge[2] for edge in told["last"][-1]["cycle"]} == {"lock", "child", "order"}
         assert "its turn in its context" in await process.said("deadlock:")
         assert views[0].text == "locked"
+
+
+async def test_a_question_inside_a_circle_keeps_it_open_until_it_is_answered(fresh_mesh: BrokerMesh) -> None:
+    """The child of a task that holds a lock asks, and only then wants that lock: before, whoever answers may end it."""
+    holder, child, other = weft.Agent("holder"), weft.Agent("child"), weft.Agent("other")
+
+    @child.skill()
+    async def ask(task: weft.Task) -> str:
+        answer = await task.ask("may I have the account?")
+        try:
+            async with task.lock("account", wait=None):
+                return "locked"
+        except DeadlockError as error:
+            return f"{answer.text}, but {error}"
+
+    @holder.skill()
+    async def hold(task: weft.Task) -> str:
+        async with task.lock("account"):
+            return (await task.delegate("child", "go")).text
+
+    @other.skill()
+    async def want(task: weft.Task) -> str:
+        async with task.lock("account", wait=None):
+            return "had it in the end"
+
+    async with stage(fresh_mesh, holder, child, other) as (caller, process, operator):
+        handle = await caller.submit("holder", "go")
+        assert (await handle.result()).state is weft.State.INPUT_REQUIRED
+        waits = await caller.submit("other", "go")
+
+        async def queued() -> bool:
+            locks = (await coordinator.call(operator, "locks"))["locks"]
+            return sum(len(lock["waiters"]) for lock in locks) == 1
+
+        await eventually(queued)
+        with pytest.raises(TimeoutError):
+            await process.said("deadlock:", timeout=2.5)
+        view = await handle.send("yes")
+        told = await found(operator)
+        assert told["count"] == 1
+        (deadlock,) = told["last"]
+        assert {(edge[0], edge[2]) for edge in deadlock["cycle"]} == {("holder", "child"), ("child", "lock")}
+        assert view.text.startswith("yes, but deadlock: ")
+        assert f"holder/{handle.id} waits for its child" in view.text
+        assert "waits for lock 'account'" in view.text
+        assert (await waits.result()).text == "had it in the end"
+
+
+async def test_agents_with_one_slot_that_call_each_other_are_no_deadlock(fresh_mesh: BrokerMesh) -> None:
+    """Who waits for a child holds no slot, so that the child can call back; without leave to, it is told why not."""
+    agents = [weft.Agent(name, concurrency=1, reentrant=name != "third") for name in ("first", "second", "third")]
+
+    def calls(agent: weft.Agent, next_: str) -> None:
+        @agent.skill()
+        async def call(task: weft.Task, text: str) -> str:
+            left = int(text)
+            if not left:
+                return agent.name
+            try:
+                return f"{agent.name} {(await task.delegate(next_, str(left - 1))).text}"
+            except weft.DelegationLoop as error:
+                return f"{agent.name} {error.kind}"
+
+    for agent, next_ in zip(agents, ("second", "first", "third"), strict=True):
+        calls(agent, next_)
+    async with stage(fresh_mesh, *agents) as (caller, _, operator):
+        handles = [await caller.submit(name, "5") for name in ("first", "second", "third") for _ in range(2)]
+        async with asyncio.timeout(30):
+            texts = [(await handle.result()).text for handle in handles]
+        assert texts[:2] == ["first second first second first second"] * 2
+        assert texts[2:4] == ["second first second first second first"] * 2
+        assert texts[4:] == ["third re-entry"] * 2
+        assert (await found(operator))["count"] == 0

@@ -7,12 +7,8 @@ file says how to run it again with a seed.
 import asyncio
 import os
 import random
-import signal
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import weft
 from weft.client.mesh import Mesh
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft.testing.invariants import Effect, Findings, check, read_log
+from weft.testing.storm import Processes, Storm, Unit
 from weft_protocols import ids
 from weft_protocols.errors import WeftError
 
@@ -46,140 +43,38 @@ class Plan:
     pause: float = 0.4
     """Seconds a step takes, at most."""
     weights: tuple[int, int, int, int] = (10, 5, 2, 2)
-    """How often, against each other: kill a worker, freeze one, kill the broker, kill the coordinator."""
-
-
-class Processes:
-    """Worker and coordinator processes, by name. Only these are ever signalled."""
-
-    def __init__(self, mesh: BrokerMesh, folder: Path) -> None:
-        self.exits: list[str] = []
-        """Processes that ended although nobody killed them."""
-        self._mesh = mesh
-        self._folder = folder
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._theirs, self._ours = os.pipe()
-        """They leave when the other end closes, however this process ends."""
-
-    def start(self, name: str) -> None:
-        """Start the process of that name, or start it again."""
-        module = ["weft_coordinator.service"] if name == "coordinator" else ["weft.host", f"{AGENT}:agent"]
-        environment = {
-            **os.environ,
-            "WEFT_HOME": str(self._mesh.home),
-            "WEFT_IDENTITY": "coordinator" if name == "coordinator" else "storm",
-            "WEFT_PARENT_FD": str(self._theirs),
-            "STORM_EFFECTS": str(self._folder / "effects"),
-        }
-        with (self._folder / f"{name}.log").open("ab") as log:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", *module],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(self._theirs,),
-            )
-
-    def bring(self, name: str) -> None:
-        """Start a process unless it runs."""
-        if name not in self._running:
-            self.start(name)
-
-    def revive(self) -> None:
-        """Start again what ended by itself, as a supervisor would."""
-        for name, process in list(self._running.items()):
-            if process.poll() is not None:
-                self.exits.append(f"{name} ended with code {process.returncode}")
-                self.start(name)
-
-    def kill(self, name: str) -> None:
-        """SIGKILL, also while it is frozen, and reap."""
-        process = self._running.pop(name, None)
-        if process is not None:
-            process.kill()
-            process.wait()
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to the process of that name, if it runs."""
-        process = self._running.get(name)
-        if process is not None and process.poll() is None:
-            process.send_signal(number)
-
-    @contextmanager
-    def ended(self) -> Iterator[None]:
-        """Kill what is left on the way out."""
-        try:
-            yield
-        finally:
-            for name in list(self._running):
-                self.kill(name)
-            os.close(self._theirs)
-            os.close(self._ours)
+    """How often in a round: kill a worker, freeze one, kill the broker, kill the coordinator."""
 
 
 @dataclass(slots=True)
-class Storm:
-    """Faults, one after the other, until it is told to stop."""
+class KillStorm(Storm):
+    """Workers, the coordinator and the broker are broken."""
 
-    mesh: BrokerMesh
-    processes: Processes
-    plan: Plan
-    dice: random.Random
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-    faults: Counter[str] = field(default_factory=Counter)
+    plan: Plan = field(kw_only=True)
 
-    async def rage(self) -> None:
-        """Break something, wait, break something else; leave everything running in the end."""
+    def __post_init__(self) -> None:
         kinds = (self.kill_worker, self.freeze_worker, self.kill_broker, self.kill_coordinator)
-        async with asyncio.TaskGroup() as group:
-            while not await self.passed(self.dice.uniform(*self.plan.calm)):
-                self.processes.revive()
-                kind = self.dice.choices(kinds, self.plan.weights)[0]
-                self.faults[kind.__name__] += 1
-                await kind(group)
-
-    async def passed(self, seconds: float) -> bool:
-        """Whether the storm was ended within `seconds`."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.over.wait()
-        return self.over.is_set()
+        self.kinds = dict(zip(kinds, self.plan.weights, strict=True))
 
     def worker(self) -> str:
         return f"worker-{self.dice.randrange(self.plan.workers)}"
 
     async def kill_worker(self, group: asyncio.TaskGroup) -> None:
         name = self.worker()
-        self.processes.kill(name)
-        self.processes.start(name)
+        self.note("kill_worker", f"kill {name}")
+        self.kill(name)
 
     async def freeze_worker(self, group: asyncio.TaskGroup) -> None:
-        """Longer than the broker waits for signs of life, or shorter: the zombie then tries to go on writing."""
+        """Longer than the broker waits for signs of life, or shorter."""
         name, seconds = self.worker(), self.dice.uniform(0.2, 8.0)
-        self.processes.signal(name, signal.SIGSTOP)
-
-        async def thaw() -> None:
-            await self.passed(seconds)
-            self.processes.signal(name, signal.SIGCONT)
-
-        group.create_task(thaw())
-
-    async def kill_broker(self, group: asyncio.TaskGroup) -> None:
-        os.kill(self.mesh.server.pid, signal.SIGKILL)
-        await self.mesh.server.wait()
-        await self.mesh.server.start()
+        self.note("freeze_worker", f"freeze {name} for {seconds:.1f} s")
+        self.freeze(name, seconds, group)
 
     async def kill_coordinator(self, group: asyncio.TaskGroup) -> None:
         """It is away for a while; running tasks must not notice."""
-        self.processes.kill("coordinator")
         seconds = self.dice.uniform(0.0, 3.0)
-
-        async def back() -> None:
-            await self.passed(seconds)
-            self.processes.bring("coordinator")
-
-        group.create_task(back())
+        self.note("kill_coordinator", f"kill the coordinator for {seconds:.1f} s")
+        self.remove("coordinator", seconds, group)
 
 
 @dataclass(slots=True)
@@ -240,18 +135,21 @@ def recorded_effects(folder: Path) -> list[Effect]:
 async def running(folder: Path, plan: Plan) -> AsyncIterator[tuple[BrokerMesh, Processes]]:
     """A broker, a coordinator and the workers."""
     async with await start_test_mesh(["storm"], home=folder / ".weft") as mesh:
-        processes = Processes(mesh, folder)
+        effects = {"STORM_EFFECTS": str(folder / "effects")}
+        worker = Unit(("-m", "weft.host", f"{AGENT}:agent"), "storm", effects)
+        units = {"coordinator": Unit(("-m", "weft_coordinator.service"), "coordinator")}
+        processes = Processes(mesh, folder, units | {f"worker-{i}": worker for i in range(plan.workers)})
         with processes.ended():
-            for name in ("coordinator", *(f"worker-{i}" for i in range(plan.workers))):
+            for name in processes.units:
                 processes.start(name)
             yield mesh, processes
 
 
-async def run_storm(folder: Path, plan: Plan, seed: int) -> tuple[Storm, Callers, Findings]:
+async def run_storm(folder: Path, plan: Plan, seed: int) -> tuple[KillStorm, Callers, Findings]:
     """Run a plan through a storm, and check the log."""
     dice = random.Random(seed)
     async with running(folder, plan) as (mesh, processes):
-        storm = Storm(mesh, processes, plan, random.Random(dice.random()))
+        storm = KillStorm(mesh, processes, random.Random(dice.random()), plan.calm, plan=plan)
         async with weft.connect("local", home=mesh.home) as client:
             callers = Callers(client, plan, random.Random(dice.random()), seed)
             async with asyncio.TaskGroup() as group:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.host.retry import RetryPolicy, StepOptions
     from weft.host.steps import current_idempotency_key
     from weft.host.task import Task
+    from weft.host.tools import ToolResult
     from weft_protocols.errors import (
         A2AError,
         AgentNotFound,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         TaskInterrupted,
         TaskNotFound,
         TaskRejected,
+        ToolError,
         Unavailable,
         Unreachable,
         WeftError,
@@ -58,6 +60,7 @@ _HOME = {
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
     "weft.host.steps": ("current_idempotency_key",),
     "weft.host.task": ("Task",),
+    "weft.host.tools": ("ToolResult",),
     "weft_protocols.errors": (
         "A2AError",
         "AgentNotFound",
@@ -76,6 +79,7 @@ _HOME = {
         "TaskInterrupted",
         "TaskNotFound",
         "TaskRejected",
+        "ToolError",
         "Unavailable",
         "Unreachable",
         "WeftError",
@@ -121,6 +125,8 @@ __all__ = [
     "TaskRejected",
     "TaskView",
     "Text",
+    "ToolError",
+    "ToolResult",
     "Unavailable",
     "Unreachable",
     "WeftError",

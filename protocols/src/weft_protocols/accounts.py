@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from weft_protocols import subjects
+from weft_protocols import mcp, subjects
 from weft_protocols.resources import BLOBS, STREAM
 
 MESH: Final = "MESH"
@@ -32,7 +32,7 @@ class Export:
     account: str | None = None
     """The one account that may import it."""
     many_replies: bool = False
-    """Whether one request may have many responses (a pull)."""
+    """Whether one request may have many responses (a pull, a tool call)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ def exports(agents: tuple[str, ...]) -> tuple[Export, ...]:
     ]
     made.append(Export(subjects.GRAMMAR["live"].wildcard, stream=True, account_position=3))
     made.append(Export(subjects.GRAMMAR["ctl"].wildcard, stream=True, account_position=3))
+    made.append(Export(mcp.REQUEST_EXPORT, account_position=mcp.CALLER_POSITION, many_replies=True))
+    made.append(Export(mcp.CONTROL_EXPORT, account_position=mcp.CALLER_POSITION))
     prefix = len(f"{DIRECT_GET}.{STREAM}".split("."))
     for kind_name, token in (("claim", "agent"), ("event", "caller"), ("step", "agent")):
         position = prefix + 2 + subjects.GRAMMAR[kind_name].tokens.index(token) + 1
@@ -91,6 +93,8 @@ def imports(name: str, *, agent: bool) -> tuple[Import, ...]:
         Import(_direct(BLOBS, "blob")),
         Import(f"{DIRECT_GET}.{STREAM}.{grammar['event'].pattern(caller=name)}"),
         Import(grammar["live"].pattern(caller=name), stream=True),
+        Import(f"{mcp.REQUESTS}.*.{name}.>"),
+        Import(f"{mcp.CONTROLS}.*.{name}.*"),
     ]
     if agent:
         made += [Import(grammar[kind].pattern(agent=name)) for kind in ("claim", "event", "step")]

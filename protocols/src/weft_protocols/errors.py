@@ -27,6 +27,7 @@
     ├── LockLost                    a lock's lease ended, or an operator released it
     ├── DelegationLoop              a chain of delegations is too long, or comes back  `kind`, `chain`
     ├── CircuitOpen                 calls to an agent fail, so none is made for now    (retryable)
+    ├── ToolError                   a tool server, or the sidecar before it, answered with an error; `code` as data
     ├── Fail, Reject                raised by a handler: end the task as failed or rejected
     ├── AgentNotFound               no agent of that name on this mesh
     └── Unavailable                 a part of the mesh needed for this is not running
@@ -199,6 +200,17 @@ class CircuitOpen(WeftError):
     def __init__(self, message: str = "", *, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ToolError(WeftError):
+    """What a tool server, or the sidecar before it, answered instead of a result."""
+
+    def __init__(self, message: str = "", *, code: int = -32603, data: Any = None) -> None:
+        super().__init__(message)
+        self.code = code
+        """JSON-RPC error code; those of the mesh are in `weft_protocols.mcp.CODES`."""
+        self.data = data
+        """What the error says to programs, any JSON value."""
 
 
 class AgentNotFound(WeftError):

@@ -37,6 +37,7 @@ INPUT_HASH: Final = "Weft-Input-Hash"
 MESSAGE_ID: Final = "Weft-Message-Id"
 REPLICA: Final = "Weft-Replica"
 ATTEMPT: Final = "Weft-Attempt"
+CLAIM: Final = "Weft-Claim"
 
 EXPECTED_SEQUENCE: Final = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"

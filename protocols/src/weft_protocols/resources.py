@@ -38,6 +38,16 @@ ARCHIVED: Final = "mesh.archived"
 """Subject of the sequence in `MESH` up to which messages may have left it: they are in the coordinators' files."""
 DUE_CONSUMER: Final = "due"
 """The consumer through which the leader starts scheduled tasks."""
+TOOLS: Final = "MESH_TOOLS"
+"""Which tool servers exist, and what of their definitions was approved; no account but MESH reaches it."""
+TOOL_SERVERS: Final = "mesh.tools"
+"""Prefix of registrations: the last message on `mesh.tools.{server}` is what holds."""
+TOOL_PINS: Final = "mesh.pins"
+"""Prefix of pins: the last message on `mesh.pins.{server}` is what was approved."""
+TOOL_CHANGES: Final = "mesh.toolchange"
+"""Prefix under which the broker republishes both once they are stored."""
+TOOL_HISTORY: Final = 8
+"""Messages kept of each registration and pin."""
 SECOND: Final = 1_000_000_000
 """Nanoseconds, the unit of every duration in JetStream's API."""
 
@@ -182,6 +192,14 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             schedules=True,
         ),
         StreamSpec(REGISTRY, ("mesh.registry.*",), replicas=replicas, max_per_subject=1),
+        StreamSpec(
+            TOOLS,
+            (f"{TOOL_SERVERS}.*", f"{TOOL_PINS}.*"),
+            replicas=replicas,
+            max_per_subject=TOOL_HISTORY,
+            discard="old",  # of a subject, its oldest makes room
+            republish=("mesh.>", f"{TOOL_CHANGES}.>"),
+        ),
         StreamSpec(
             PUSH,
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),

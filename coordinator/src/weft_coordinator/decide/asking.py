@@ -45,7 +45,7 @@ def request(body: Mapping[str, Any], caller: str, *, sidecar: bool, now: int) ->
     Raises InvalidParams with every field that is wrong.
     """
     fields = Fields(body)
-    title, risk = _text(fields, "title", limit=MAX_TITLE), fields.text("risk", default="")
+    title, risk = fields.text("title", limit=MAX_TITLE), fields.text("risk", default="")
     details = json.dumps(fields.object("details", limit=MAX_DETAILS) or {}, sort_keys=True)
     seconds = fields.real("expires", default=EXPIRES)
     if risk not in RISKS:
@@ -57,7 +57,7 @@ def request(body: Mapping[str, Any], caller: str, *, sidecar: bool, now: int) ->
         bound = tool_call(fields)
     else:
         content = json.dumps([title, details, risk, [[need.role, need.count] for need in needs]])
-        task, key = _task(fields), _text(fields, "key", limit=1024)
+        task, key = _task(fields), fields.text("key", limit=1024)
         digest = sha256(content.encode()).hexdigest()
         bound = Bound(TASK, caller, task, key, "", "", digest, "", "")
         if not task:
@@ -75,12 +75,12 @@ def tool_call(fields: Fields) -> Bound:
         TOOL,
         fields.token("agent"),
         _task(fields),
-        _text(fields, "key", limit=1024, default=""),
-        _text(fields, "server"),
-        _text(fields, "tool"),
+        fields.text("key", limit=1024, default=""),
+        fields.text("server"),
+        fields.text("tool"),
         arguments,
-        _text(fields, "definition"),
-        _text(fields, "policy", default=""),
+        fields.text("definition"),
+        fields.text("policy", default=""),
     )
 
 
@@ -88,11 +88,11 @@ def verdict(body: Mapping[str, Any]) -> Verdict:
     """A decision of a person. Raises InvalidParams."""
     fields = Fields(body)
     allow = body.get("allow")
-    reason = _text(fields, "reason", limit=1000, default="").strip()
+    reason = fields.text("reason", limit=1000, default="").strip()
     made = Verdict(
         prefix(fields),
-        _text(fields, "as", limit=64),
-        _text(fields, "role", limit=64, default=""),
+        fields.text("as", limit=64),
+        fields.text("role", limit=64, default=""),
         allow is True,
         reason,
     )
@@ -121,15 +121,6 @@ def prefix(fields: Fields) -> str:
     found = fields.text("id", limit=64)
     if found and (len(found) < 4 or not set(found) <= set("0123456789abcdef")):
         fields.mistake("id", "must be at least 4 lower-case hex digits")
-    return found
-
-
-def _text(fields: Fields, name: str, *, limit: int = 256, default: str | None = None) -> str:
-    """A text that can be stored: JSON can carry halves of characters."""
-    found = fields.text(name, limit=limit, default=default)
-    if any("\ud800" <= c <= "\udfff" for c in found):
-        fields.mistake(name, "has half a character in it (a lone surrogate)")
-        return ""
     return found
 
 

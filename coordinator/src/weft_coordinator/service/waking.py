@@ -103,19 +103,22 @@ class Waking(Part):
             TARGET: f"{DUE}.{TIMER}{parked.task}",
             KEPT: KEEP,
         }
-        await self._broker.publish(f"{SCHEDULES}.{TIMER}{parked.task}", b"", headers=h.block(h.fields(values)))
+        timer = str(parked.until).encode()
+        await self._broker.publish(f"{SCHEDULES}.{TIMER}{parked.task}", timer, headers=h.block(h.fields(values)))
 
     async def _unschedule(self, parked: Parked) -> None:
         """Take back a timer that is far from due. Before the wake: after it the task may have set another one."""
         if parked.until > self._clock() + FAR:
             await self._broker.api(f"STREAM.PURGE.{COORD}", {"filter": f"{SCHEDULES}.{TIMER}{parked.task}"})
 
-    async def due(self, task: str, _: Delivery) -> None:
-        """A timer is due: returns once every task it was for is woken. Raises WeftError where one could not be."""
-        now = self._clock()
+    async def due(self, task: str, timer: Delivery) -> None:
+        """A timer is due: returns once every task it was for is woken. Raises WeftError where one could not be.
+
+        That it is due the broker says, whatever this coordinator's clock does.
+        """
+        until = int(timer.data) if timer.data.isdigit() else self._clock() + 1000
         for parked in self._ledger.named(task):
-            # The broker's clock may be ahead of this one's.
-            if parked.until and parked.until <= now + 1000 and parked.id not in self._waking:
+            if parked.until and parked.until <= until and parked.id not in self._waking:
                 self._waking.add(parked.id)
                 try:
                     await self._wake(parked, "its time has come")
@@ -221,7 +224,7 @@ class Waking(Part):
         if self._ledger.get(*parked.id) != parked:
             return
         subject = subjects.input(parked.agent, parked.slice, parked.caller, parked.task)
-        values = {h.VERSION: h.A2A_VERSION, h.METHOD: h.WAKE, h.ORIGIN: "coordinator"}
+        values = {h.VERSION: h.A2A_VERSION, h.METHOD: h.WAKE, h.ORIGIN: "coordinator", h.CLAIM: str(parked.claim)}
         async with self._room:
             await self._unschedule(parked)
             await self._broker.publish(subject, why.encode(), headers=h.block(h.fields(values)))

@@ -48,6 +48,7 @@ def assess(facts: Facts) -> list[Check]:
         *_further_coordinators(facts),
         *_incidents(facts),
         *_gateway(facts),
+        *_sidecar(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
         *_other_processes(facts),
     ]
@@ -106,6 +107,19 @@ def _further_coordinators(facts: Facts) -> Iterator[Check]:
             failed = row["state"] == "failed"
             after = f"mesh {'restart' if failed else 'logs'} {row['name']}"
             yield Check(row["name"], DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
+
+
+def _sidecar(facts: Facts) -> Iterator[Check]:
+    """The sidecar, where one runs here or should."""
+    row = next((row for row in facts.processes or () if row["kind"] == "sidecar"), None)
+    if row is None:
+        return
+    if row["state"] == "ready":
+        yield Check("sidecar", OK, f"pid {row['pid']}")
+    else:
+        failed = row["state"] == "failed"
+        after = "mesh restart sidecar" if failed else "mesh logs sidecar"
+        yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:
@@ -215,7 +229,7 @@ def _alive(replica: ReplicaFacts) -> bool:
 
 def _other_processes(facts: Facts) -> Iterator[Check]:
     for row in facts.processes or ():
-        if row["kind"] not in ("coordinator", "gateway", "agent") and row["state"] != "ready":
+        if row["kind"] not in ("coordinator", "gateway", "sidecar", "agent") and row["state"] != "ready":
             status = DOWN if row["state"] in ("down", "failed") else DEGRADED
             yield Check(f"process {row['name']}", status, row["reason"] or row["state"], f"mesh logs {row['name']}")
 

@@ -33,6 +33,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "agents": ("weft.cli.agents", "List the agents, their skills and replicas; pin a card."),
         "card": ("weft.cli.card", "Check and print the card of an agent."),
         "schedules": ("weft.cli.schedules", "List what starts by the clock, and when."),
+        "tools": ("weft.cli.tools", "Register, inspect, approve and call tool servers (MCP)."),
     },
     "Operate": {
         "ps": ("weft.cli.ps", "List the processes of the mesh."),
@@ -50,6 +51,8 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "run": ("weft.cli.run", "Run a replica of an agent."),
         "coordinator": ("weft.cli.coordinator", "Run a coordinator; show which one leads."),
         "gateway": ("weft.cli.gateway", "Run a gateway: every agent over HTTP and gRPC."),
+        "sidecar": ("weft.cli.sidecar", "Run a sidecar: the way from agents to tools."),
+        "mcp": ("weft.cli.mcp", "Serve the tools here to a desktop client (MCP over stdio)."),
     },
 }
 """Every command by section: the module whose `command` it is, and its line in the help."""

@@ -16,6 +16,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import content, reads
 from weft.client.handle import Handle, Watched
+from weft.client.tools import ToolClient
 from weft.client.watch import STOPS, Event, TaskWatch, event_of, refuses
 from weft.core.broker import Broker, Subscription
 from weft.core.supervise import Tasks
@@ -67,6 +68,7 @@ class Mesh:
         self._live: Subscription | None = None
         self._undo: list[Callable[[], None]] = []
         self._failure: Exception | None = None
+        self._tools: ToolClient | None = None
         self._secret = os.urandom(16)
         self._static = h.fields({h.VERSION: h.A2A_VERSION, h.ORIGIN: self.origin})
         self._create = h.fields({h.EXPECTED_SEQUENCE: "0"})
@@ -78,6 +80,13 @@ class Mesh:
         self._undo = [self.broker.on_reconnect(self._resync_all), self.broker.on_lost(self._on_lost)]
         return self
 
+    @property
+    def tools(self) -> ToolClient:
+        """The tools of the mesh, as this caller may use them."""
+        if self._tools is None:
+            self._tools = ToolClient(self.broker)
+        return self._tools
+
     async def aclose(self) -> None:
         """Stop following everything; the connection itself belongs to whoever opened it."""
         self._fail(Unavailable("the mesh client was closed"))
@@ -85,6 +94,8 @@ class Mesh:
             undo()
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._tools is not None:
+            await self._tools.aclose()
         await self._tasks.aclose()
         for subscription in (self._live, *(watched.elsewhere for watched in self._watched.values())):
             if subscription is not None:

@@ -15,6 +15,7 @@ from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
 from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
+from weft.core.toolsconf import SidecarConfig, ToolServer, read_sidecar, read_tools
 from weft.core.watchconf import AlertTarget, WatchConfig, read_alerts, read_watchdog
 from weft.core.yamlfields import YamlReader, integer, is_null, seconds, size
 from weft.core.yamlfields import did_you_mean as did_you_mean
@@ -189,6 +190,9 @@ class MeshConfig:
     watchdog: WatchConfig = field(default_factory=WatchConfig)
     alerts: tuple[AlertTarget, ...] = ()
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    tools: Mapping[str, ToolServer] = field(default_factory=dict)
+    """Tool servers that stand in the file; `mesh tools add` registers others."""
+    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
     approvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Roles of each person who may decide about approvals."""
 
@@ -228,7 +232,7 @@ class _Reader(YamlReader):
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
         known = (
             "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
-            "alerts", "approvers",
+            "alerts", "tools", "sidecar", "approvers",
         )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
@@ -247,6 +251,8 @@ class _Reader(YamlReader):
             watchdog=read_watchdog(self, fields.get("watchdog")),
             alerts=read_alerts(self, fields.get("alerts"), folder=folder),
             coordinator=read_coordinator(self, fields.get("coordinator")),
+            tools=read_tools(self, fields.get("tools"), folder=folder),
+            sidecar=read_sidecar(self, fields.get("sidecar")),
             approvers=read_approvers(self, fields.get("approvers")),
         )
 

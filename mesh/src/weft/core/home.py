@@ -15,8 +15,8 @@ from typing import Any, Final
 from weft_protocols.errors import InvalidConfig
 
 HOME_NAME: Final = ".weft"
-MEMBERS: Final = ("coordinator", "gateway", "operator", "SYS")
-"""Identities of the mesh itself: three in account MESH, and the system account's."""
+MEMBERS: Final = ("coordinator", "gateway", "sidecar", "operator", "SYS")
+"""Identities of the mesh itself: all in account MESH, but the system account's."""
 _LINUX: Final = sys.platform.startswith("linux")
 
 
@@ -35,6 +35,11 @@ class Home:
     def gateway_file(self) -> Path:
         """Where this machine's first gateway is: see `GatewayRecord`."""
         return self.root / "gateway.json"
+
+    @property
+    def sidecar_file(self) -> Path:
+        """Where this machine's sidecar is: see `SidecarRecord`."""
+        return self.root / "sidecar.json"
 
     @property
     def accounts_file(self) -> Path:
@@ -128,6 +133,35 @@ class GatewayRecord:
         try:
             raw = json.loads(home.gateway_file.read_bytes())
             return cls(str(raw["http"]), str(raw["grpc"]), int(raw["pid"]), str(raw["started"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarRecord:
+    """`sidecar.json`: a sidecar of this machine as it serves, or as it served last, for the next one's port."""
+
+    url: str
+    """Base address of its HTTP front."""
+    pid: int
+    started: str
+    """The process's start time as the system tells it, so that a reused pid is not taken for it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        return self.pid > 0 and process_started(self.pid) == self.started
+
+    def write(self, home: Home) -> None:
+        """Write `sidecar.json` atomically."""
+        write_private(home.sidecar_file, _json(asdict(self)))
+
+    @classmethod
+    def read(cls, home: Home) -> SidecarRecord | None:
+        """The record, or None if there is none or an unreadable one."""
+        try:
+            raw = json.loads(home.sidecar_file.read_bytes())
+            return cls(str(raw["url"]), int(raw["pid"]), str(raw["started"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -39,6 +39,8 @@ log = logging.getLogger("weft.host")
 
 PATIENCE: Final = 120
 """Deliveries of a follow-up whose task is not there, about ten minutes, before it is dropped."""
+STALE: Final = 150
+"""Deliveries after which a wake for a later owner is not passed on any more: a caller can send one as well."""
 IN_ORDER: Final = 100 * PATIENCE
 """The same where the task may be waiting for its turn, unclaimed: most of a day."""
 HAND_OVER: Final = 1.0
@@ -134,6 +136,11 @@ class Inputs:
             replica.again(delivery.ack, 0.2)
             return
         if values.get("a2a-method", "") == h.WAKE:
+            claim = values.get("weft-claim", "")
+            if claim.isdecimal() and int(claim) > run.fence.token and delivery.times <= STALE:
+                # This replica stood still while another one took the task over and parked it: the wake is for that one.
+                replica.again(delivery.ack, 0.2)
+                return
             # It came before the task had left: whoever is about to let it go looks again.
             run.waits.touch()
             replica.settle(delivery.ack)

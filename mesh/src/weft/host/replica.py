@@ -447,6 +447,8 @@ class Replica:
                 self.again(ack, 0.2)
         if run.force is not None:
             run.force.cancel()
+        for token in run.tokens:
+            run.mesh.tools.say(token, "revoke")
 
     def _adopt(self, run: Run, delivery: Delivery) -> None:
         for i, ack in enumerate(run.deliveries):

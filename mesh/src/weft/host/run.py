@@ -246,6 +246,8 @@ class Run:
     last_progress: float = field(default_factory=time.time)
     steps: dict[str, float] = field(default_factory=dict)
     """Steps whose body runs, by key, and since when: unix seconds."""
+    tokens: list[str] = field(default_factory=list)
+    """Ids of bearer tokens that were issued to this attempt, and end with it."""
     ended: bool = False
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from weft_protocols.errors import (
     BrokerError,
     CycleEdge,
     DeadlockError,
+    InvalidParams,
     LockLost,
     LockTimeout,
     Unavailable,
@@ -140,6 +141,11 @@ class Session:
             answer = await coordinator.call(
                 self._owner.broker, "lock", body, caller=self._owner.agent.name, timeout=timeout
             )
+        except InvalidParams:
+            lock.outcome = None
+            if not self._send_back_of(lock.run.task_id):
+                raise
+            return False  # the coordinator has not heard yet that the task gave back what is in its own way
         except (Unavailable, BrokerError) as error:
             lock.outcome = None
             if not self._alone:
@@ -185,6 +191,13 @@ class Session:
         data = json.dumps({"task": task_id, "request": request, "claim": claim}).encode()
         self._giving[request] = data
         self._send_back(request, data)
+
+    def _send_back_of(self, task_id: str) -> bool:
+        """Say again what a task gave back and nobody confirmed; whether there was anything."""
+        unheard = [(request, data) for request, data in self._giving.items() if request.startswith(f"{task_id}-")]
+        for request, data in unheard:
+            self._send_back(request, data)
+        return bool(unheard)
 
     def _send_back(self, request: str, data: bytes) -> None:
         def then(answer: bytes, headers: bytes | None, error: WeftError | None) -> None:

@@ -19,6 +19,7 @@ from weft.host.retry import ONCE, RetryPolicy
 from weft.host.run import Run
 from weft.host.saga import Undoing
 from weft.host.steps import try_step
+from weft.host.tools import Tools
 from weft.host.waiting import Waiting
 from weft_protocols import a2a
 from weft_protocols.errors import StepChanged
@@ -99,6 +100,11 @@ class Task(Approving, Delegating, Locking, Undoing, Waiting):
     def deadline(self) -> float | None:
         """Unix seconds after which the task is failed, or None."""
         return self._run.work.deadline
+
+    @property
+    def tools(self) -> Tools:
+        """The tools it may use."""
+        return Tools(self._run)
 
     # What is said about it ---------------------------------------------------------------------
 

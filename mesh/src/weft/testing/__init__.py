@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         eventually,
         mesh_for,
         running,
+        sidecar_process,
     )
     from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
     from weft.testing.scratch import Scratch
@@ -47,6 +48,7 @@ _WHERE = {
     "mesh_for": "weft.testing.agents",
     "running": "weft.testing.agents",
     "seen": "weft.testing.watching",
+    "sidecar_process": "weft.testing.agents",
     "settled": "weft.testing.watching",
     "start_test_mesh": "weft.testing.broker",
     "unique_name": "weft.testing.broker",
@@ -68,6 +70,7 @@ __all__ = [
     "running",
     "seen",
     "settled",
+    "sidecar_process",
     "start_test_mesh",
     "unique_name",
 ]

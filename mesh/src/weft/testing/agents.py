@@ -366,6 +366,12 @@ def coordinator_process(mesh: BrokerMesh, *, env: Mapping[str, str] | None = Non
     return Process(("-m", "weft_coordinator.service"), ready="ready", env={**settings, **(env or {})})
 
 
+def sidecar_process(mesh: BrokerMesh, *, env: Mapping[str, str] | None = None) -> Process:
+    """A sidecar for a test mesh, to be entered with `async with`. It needs the extra `sidecar`."""
+    settings = {"WEFT_HOME": str(mesh.home), "WEFT_IDENTITY": "sidecar"}
+    return Process(("-m", "weft.sidecar"), ready="ready", env={**settings, **(env or {})})
+
+
 __all__ = [
     "LocalReplica",
     "Process",
@@ -376,4 +382,5 @@ __all__ = [
     "eventually",
     "mesh_for",
     "running",
+    "sidecar_process",
 ]

@@ -2,7 +2,8 @@
 
 Of every task:
 
-1. A task that was accepted is in the log, created by exactly one message.
+1. A task that was accepted is in the log, created by exactly one message. One that its sender cancelled before
+   having sent it has none, and nothing but that end.
 2. It has exactly one terminal event, once nothing runs any more.
 3. No event and no step record is stored after the terminal event.
 4. Events are numbered from 1, each one more than the one before, no number stored twice. A hole lies only at a
@@ -34,6 +35,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
@@ -65,6 +67,12 @@ class Entry:
     headers: Mapping[str, str]
     """Lower-case names."""
     data: bytes = b""
+
+    @property
+    def stored(self) -> float:
+        """When the broker stored it, unix seconds by the broker's clock; 0 where it is not told."""
+        told = self.headers.get("nats-time-stamp", "")
+        return datetime.fromisoformat(told).timestamp() if told else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +233,7 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
         elif parsed.kind == "claim":
             task.claims.append(entry)
         elif parsed.kind == "event":
-            task.events += _events(entry)
+            task.events += events_of(entry)
         elif parsed.kind == "step":
             task.steps[parsed["key"]].append(entry)
     found.tasks = len(tasks)
@@ -234,13 +242,13 @@ def _by_task(entries: Iterable[Entry], found: Findings) -> dict[str, _Task]:
     found.claims = sum(len(task.claims) for task in tasks.values())
     for task in tasks.values():
         for before, after in pairwise(task.claims):
-            old, new = _claim(before), _claim(after)
+            old, new = claim_of(before), claim_of(after)
             found.renewals += _renews(old, new)
             found.takeovers += new.state == HELD and not _renews(old, new)
     return tasks
 
 
-def _events(entry: Entry) -> Iterable[Entry]:
+def events_of(entry: Entry) -> Iterable[Entry]:
     """The events of one message, each with the message's condition."""
     if "weft-group" not in entry.headers:
         return [entry]
@@ -253,8 +261,14 @@ def _events(entry: Entry) -> Iterable[Entry]:
 
 
 def _created_once(task: _Task) -> Iterable[tuple[int, str]]:
-    if len(task.creations) != 1:
+    if len(task.creations) != 1 and not (not task.creations and _only_cancelled(task)):
         yield 1, f"is created by {len(task.creations)} messages: {[entry.seq for entry in task.creations]}"
+
+
+def _only_cancelled(task: _Task) -> bool:
+    """Whether a cancel came before a message that then was not sent: its sender had gone on without the task."""
+    states = [event.headers.get("weft-state") for event in task.events]
+    return states == ["canceled"] and bool(task.claims) and all(claim_of(entry).message == 0 for entry in task.claims)
 
 
 def _ends_once(task: _Task) -> Iterable[tuple[int, str]]:
@@ -314,13 +328,13 @@ def _written_by_owner(task: _Task) -> Iterable[tuple[int, str]]:
 def _begins(event: Entry, task: _Task) -> bool:
     """Whether an event begins an attempt of a replica that had claimed the task."""
     replica, attempt = event.headers.get(h.REPLICA.lower()), event.headers.get(h.ATTEMPT.lower())
-    before = (_claim(entry) for entry in task.claims if entry.seq < event.seq)
+    before = (claim_of(entry) for entry in task.claims if entry.seq < event.seq)
     return any(claim.replica == replica and str(claim.attempt) == attempt for claim in before)
 
 
 def _is_renewal(entry: Entry, task: _Task) -> bool:
     before = task.owner(entry.seq)
-    return before is not None and _renews(_claim(before), _claim(entry))
+    return before is not None and _renews(claim_of(before), claim_of(entry))
 
 
 def _renews(old: Claim, new: Claim) -> bool:
@@ -336,7 +350,7 @@ def _claims_in_a_chain(task: _Task) -> Iterable[tuple[int, str]]:
         if expected != str(before.seq if before is not None else 0):
             yield 7, f"the claim at {entry.seq} was written expecting {expected}, not the claim before"
         if before is not None:
-            old, new = _claim(before), _claim(entry)
+            old, new = claim_of(before), claim_of(entry)
             given_up = old.state != HELD or (new.replica == old.replica and new.state != HELD)
             wanted = old.attempt if given_up or _renews(old, new) else old.attempt + 1
             if old.caller == new.caller and new.attempt != wanted:
@@ -344,11 +358,12 @@ def _claims_in_a_chain(task: _Task) -> Iterable[tuple[int, str]]:
         before = entry
 
 
-def _claim(entry: Entry) -> Claim:
+def claim_of(entry: Entry) -> Claim:
+    """The claim in an entry; one of attempt 0 where it cannot be read."""
     try:
         return Claim.decode(entry.data)
     except WeftError:
-        return Claim("?", "", 0, caller="", origin="", context="", slice="", message=0)
+        return Claim("?", "", 0, caller="", origin="", context="", slice="", message=-1)
 
 
 def _states(task: _Task) -> Iterable[tuple[int, str]]:

@@ -8,52 +8,76 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import msgpack
 
 from weft.core.broker import Broker
-from weft_protocols.errors import ApiError
+from weft.testing.invariants import read_log
 from weft_protocols.resources import COORD, DECIDED
 
-_NO_MESSAGE: Final = 10037
 Numbered = tuple[int, tuple[Any, ...]]
 """Number of an event in the log, and the event."""
 
 
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One message of the coordinator's log."""
+
+    seq: int
+    """In the stream."""
+    stored: float
+    """When the broker stored it, unix seconds by the broker's clock."""
+    epoch: int
+    at: int
+    """When it was decided, unix milliseconds by the leader's clock."""
+    first: int
+    """Number of its first event."""
+    events: list[tuple[Any, ...]]
+
+    def numbered(self) -> list[Numbered]:
+        """Its events, each with its number."""
+        return list(enumerate(self.events, self.first))
+
+
+async def commits(broker: Broker) -> list[Commit]:
+    """The coordinator's log, the first commit first; `broker` is one of the mesh's own identities."""
+    found = []
+    for entry in await read_log(broker, stream=COORD):
+        if entry.subject == DECIDED:
+            told = msgpack.unpackb(entry.data)
+            events = [tuple(event) for event in told["events"]]
+            found.append(Commit(entry.seq, entry.stored, told["epoch"], told["at"], told["first"], events))
+    return found
+
+
 async def decided(broker: Broker) -> list[Numbered]:
-    """Every event of the coordinator's log, the first one first; `broker` is one of the mesh's own identities."""
-    events: list[Numbered] = []
-    start = 1
-    while True:
-        try:
-            answer = await broker.api(f"STREAM.MSG.GET.{COORD}", {"seq": start, "next_by_subj": DECIDED})
-        except ApiError as error:
-            if error.err_code == _NO_MESSAGE:
-                return events
-            raise
-        told = msgpack.unpackb(base64.b64decode(answer["message"]["data"]))
-        events += [(told["first"] + n, tuple(event)) for n, event in enumerate(told["events"])]
-        start = answer["message"]["seq"] + 1
+    """Every event of the coordinator's log, the first one first."""
+    return [event for commit in await commits(broker) for event in commit.numbered()]
 
 
 @dataclass(slots=True)
-class _Request:
+class Request:
+    """A request that holds or waits."""
+
     id: tuple[str, str]
+    """Agent and request."""
     task: str
     names: tuple[str, ...]
     exclusive: bool
     chain: tuple[str, ...]
     asked: int
     token: int = 0
+    """0 while it waits."""
 
-    def enters(self, other: _Request) -> bool:
+    def enters(self, other: Request) -> bool:
+        """Whether it may re-enter what the other one's task holds."""
         return other.task in self.chain
 
-    def excludes(self, other: _Request) -> bool:
+    def excludes(self, other: Request) -> bool:
+        """Whether both cannot hold what they want at once."""
         return (self.exclusive or other.exclusive) and bool(set(self.names) & set(other.names))
 
 
@@ -64,44 +88,52 @@ def check(events: Iterable[Numbered], *, overtaken: int = 0) -> list[str]:
         events: The whole log.
         overtaken: How often a request may pass an earlier one: as the way out of a deadlock of the queue alone.
     """
-    checked = _Checked()
+    checked = Checked()
     for number, event in events:
-        if event[0] in ("lock.asked", "lock.taken"):
-            checked.asked(number, event)
-        elif event[0] in ("lock.granted", "lock.moved", "lock.freed", "lock.lost"):
-            checked.changed(number, event)
+        checked.take(number, event)
     return checked.broken + (checked.passed if len(checked.passed) > overtaken else [])
 
 
-class _Checked:
-    """The log so far."""
+class Checked:
+    """The log so far, and what broke a law in it."""
 
     def __init__(self) -> None:
         self.broken: list[str] = []
         self.passed: list[str] = []
-        self._known: dict[tuple[str, str], _Request] = {}
+        """Where a request passed an earlier one."""
+        self.known: dict[tuple[str, str], Request] = {}
+        """What holds or waits now."""
+        self.grants: dict[int, Request] = {}
+        """Every grant by its token."""
         self._last: dict[str, int] = {}
 
-    def asked(self, number: int, event: tuple[Any, ...]) -> None:
+    def take(self, number: int, event: tuple[Any, ...]) -> None:
+        """The next event, of whatever kind."""
+        if event[0] in ("lock.asked", "lock.taken"):
+            self._asked(number, event)
+        elif event[0] in ("lock.granted", "lock.moved", "lock.freed", "lock.lost"):
+            self._changed(number, event)
+
+    def _asked(self, number: int, event: tuple[Any, ...]) -> None:
         kind, agent, _, task, id_, _, names, exclusive, chain, *_ = event
-        if (agent, id_) in self._known:
+        if (agent, id_) in self.known:
             self.broken.append(f"event {number}: {id_} is asked for twice")
-        request = _Request((agent, id_), task, tuple(names), exclusive, tuple(chain), number)
-        self._known[request.id] = request
+        request = Request((agent, id_), task, tuple(names), exclusive, tuple(chain), number)
+        self.known[request.id] = request
         if kind == "lock.taken":
             self._granted(request, number)
 
-    def changed(self, number: int, event: tuple[Any, ...]) -> None:
-        kind, request = event[0], self._known.get((event[1], event[2]))
+    def _changed(self, number: int, event: tuple[Any, ...]) -> None:
+        kind, request = event[0], self.known.get((event[1], event[2]))
         if request is None:
             self.broken.append(f"event {number}: {kind} of {event[2]}, which nobody asked for")
         elif kind == "lock.granted" or (kind == "lock.moved" and request.token):
             self._granted(request, number)
         elif kind != "lock.moved":
-            del self._known[request.id]
+            del self.known[request.id]
 
-    def _granted(self, request: _Request, number: int) -> None:
-        for other in self._known.values():
+    def _granted(self, request: Request, number: int) -> None:
+        for other in self.known.values():
             if other is request or not request.excludes(other) or request.enters(other) or other.enters(request):
                 continue
             if other.token:
@@ -109,6 +141,7 @@ class _Checked:
             elif other.asked < request.asked and not request.chain:
                 self.passed.append(f"event {number}: {request.id} passes {other.id}, which asked before")
         request.token = number
+        self.grants[number] = request
         for name in request.names if not request.chain else ():
             if number <= self._last.get(name, 0):
                 self.broken.append(f"event {number}: the token of {name!r} was {self._last[name]} before")

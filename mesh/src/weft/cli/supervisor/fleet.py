@@ -15,17 +15,20 @@ from weft.cli.supervisor.control import Tell
 from weft.cli.supervisor.coordinators import COORDINATOR, Coordinators
 from weft.cli.supervisor.process import Process, ProcessSpec, Surroundings
 from weft.cli.supervisor.unit import State, Unit
+from weft.core import toolsconf
 from weft.core.broker import Broker
 from weft.core.config import CONFIG_NAME, AgentConfig, MeshConfig, did_you_mean, load_mesh_config
 from weft.core.coordconf import MOST_COORDINATORS
 from weft.core.gatewayconf import INSTALL, missing_modules
 from weft.core.home import GatewayRecord, Home
 from weft.core.server import EmbeddedServer
+from weft.core.toolstore import ToolStore
 from weft.core.topology import reconcile
 from weft_protocols.errors import UsageError, WeftError
 from weft_protocols.resources import topology
 
 GATEWAY: Final = "gateway"
+SIDECAR: Final = "sidecar"
 COORDINATOR_WITHIN: Final = 20.0
 """Seconds the first agents wait for the coordinator; tasks run without it, so no longer."""
 MOST_REPLICAS: Final = 1000
@@ -45,12 +48,14 @@ class Timing:
     """Between SIGTERM and SIGKILL of the coordinator."""
     gateway_grace: float = 10.0
     """In which calls and streams under way at the gateway may end, before it ends them."""
+    sidecar_grace: float = 10.0
+    """In which tool calls under way may end."""
     margin: float = 10.0
     """Beyond a process's grace, until a shutdown goes on without it."""
 
 
 class Fleet:
-    """Broker, coordinator, gateway and agents of one `mesh.yaml`.
+    """Broker, coordinator, gateway, sidecar and agents of one `mesh.yaml`.
 
     Args:
         config: what to run; read again at every restart.
@@ -82,6 +87,9 @@ class Fleet:
         self._broker = BrokerUnit(self._server(), around, prepare=self._apply_topology)
         self._coordinators = Coordinators(self._make_coordinator, self._run, drain=self._drain, ready=self._until_ready)
         self._gateway: Process | None = None
+        self._sidecar: Process | None = None
+        self._tools = 0
+        """Tool servers that are registered."""
         self._replicas: dict[str, dict[int, Process]] = {}
         self._retiring: list[Process] = []
 
@@ -90,6 +98,7 @@ class Fleet:
         await self._broker.begin()
         self._group.create_task(self._broker.run())
         self._coordinators.begin(self._config.coordinator.replicas)
+        self._sidecar = self._begin_sidecar()
         self._gateway = self._begin_gateway()
         for agent in self._config.agents.values():
             self._replicas[agent.name] = {
@@ -108,8 +117,7 @@ class Fleet:
     @property
     def units(self) -> list[Unit]:
         """Every process, in the order in which they are shown."""
-        gateway = [self._gateway] if self._gateway is not None else []
-        return [self._broker, *self._coordinators.processes, *gateway, *self._agents()]
+        return [self._broker, *self._coordinators.processes, *self._borders(), *self._agents()]
 
     @property
     def addresses(self) -> GatewayRecord | None:
@@ -121,7 +129,7 @@ class Fleet:
 
     def kill_agents(self) -> None:
         """Do not wait for the agents and whoever follows them."""
-        for process in (*self._agents(), *([self._gateway] if self._gateway is not None else ())):
+        for process in (*self._agents(), *self._borders()):
             process.kill()
 
     async def drain_all(self) -> None:
@@ -134,6 +142,7 @@ class Fleet:
         if any(process.state is State.READY for process in agents):
             self._say("draining the agents")
         await self._drain([*agents, *([self._gateway] if self._gateway is not None else ())])
+        await self._drain([*([self._sidecar] if self._sidecar is not None else ())])
         await self._drain(self._coordinators.processes)
         await self._broker.stop()
         await self._broker.reaches(State.STOPPED, timeout=2 * self._timing.margin)
@@ -154,11 +163,14 @@ class Fleet:
             ):
                 tell("the broker section of mesh.yaml changed: that takes `mesh down` and `mesh up`")
             await self._admit()
+            await self._declare_tools()
             if name is not None:
                 return await self._restart_named(name, before, tell)
             done = await self._restart_coordinator(tell)
             if self._gateway is not None or self._config.gateway.enabled:
                 done += await self._restart_gateway(tell)
+            if self._sidecar is not None or self._tools:
+                done += await self._restart_sidecar(tell)
             for agent in sorted(self._replicas.keys() | self._config.agents.keys()):
                 done += await self._restart_agent(agent, before, tell)
             return done
@@ -199,10 +211,24 @@ class Fleet:
         try:
             wished = topology(tuple(server.accounts.agents), wanted.durability, max_bytes=wanted.max_bytes)
             report = await reconcile(broker, wished, apply=True)
+            await self._store_tools(broker)
         finally:
             await broker.close()
         for drift in report.drifted:
             self._say(f"the broker differs from this version of weft: {drift}")
+
+    async def _declare_tools(self) -> None:
+        """Have the tool servers of `mesh.yaml` registered as they stand there now."""
+        broker = await Broker.connect(self._broker.server.settings(COORDINATOR), name="mesh tools")
+        try:
+            await self._store_tools(broker)
+        finally:
+            await broker.close()
+
+    async def _store_tools(self, broker: Broker) -> None:
+        store = ToolStore(broker)
+        await store.declare(self._config.tools.values())
+        self._tools = len(await store.registered())
 
     async def _admit(self) -> None:
         """Let everybody whom `mesh.yaml` names connect."""
@@ -240,6 +266,25 @@ class Fleet:
             GATEWAY,
             (sys.executable, "-m", "weft.gateway"),
             self._environment(GATEWAY, WEFT_GRACE=f"{grace:g}"),
+            self._config.folder,
+            ready_within=self._timing.ready_within,
+            grace=grace + self._timing.kill_after,
+        )
+        return self._launch(spec)
+
+    def _begin_sidecar(self) -> Process | None:
+        """Start the sidecar, if there are tools and what it needs is installed."""
+        if not self._tools:
+            return None
+        if missing := toolsconf.missing_modules():
+            self._say(f"no tools: {', '.join(missing)} not installed; {toolsconf.INSTALL} adds the sidecar")
+            return None
+        grace = self._timing.sidecar_grace
+        spec = ProcessSpec(
+            SIDECAR,
+            SIDECAR,
+            (sys.executable, "-m", "weft.sidecar"),
+            self._environment(SIDECAR, WEFT_GRACE=f"{grace:g}"),
             self._config.folder,
             ready_within=self._timing.ready_within,
             grace=grace + self._timing.kill_after,
@@ -293,6 +338,9 @@ class Fleet:
     async def _broker_ready(self) -> None:
         await self._broker.reaches(State.READY, timeout=None)
 
+    def _borders(self) -> list[Process]:
+        return [process for process in (self._gateway, self._sidecar) if process is not None]
+
     def _agents(self) -> list[Process]:
         current = [replicas[n] for replicas in self._replicas.values() for n in sorted(replicas)]
         return [*current, *(process for process in self._retiring if process not in current)]
@@ -309,6 +357,8 @@ class Fleet:
             return [name]
         if name == GATEWAY and (self._gateway is not None or self._config.gateway.enabled):
             return await self._restart_gateway(tell)
+        if name == SIDECAR and (self._sidecar is not None or self._tools):
+            return await self._restart_sidecar(tell)
         if name == "broker":
             return await self._restart_broker(tell)
         agent, _, number = name.rpartition(".")
@@ -393,6 +443,17 @@ class Fleet:
             return [GATEWAY]
         await self._until_ready(self._gateway, tell)
         return [GATEWAY]
+
+    async def _restart_sidecar(self, tell: Tell) -> list[str]:
+        """End the old one first: it has the port. Agents ask again until the new one serves."""
+        if self._sidecar is not None:
+            await self._drain([self._sidecar])
+        self._sidecar = self._begin_sidecar()
+        if self._sidecar is None:
+            tell("the sidecar does not run any more")
+            return [SIDECAR]
+        await self._until_ready(self._sidecar, tell)
+        return [SIDECAR]
 
     async def _restart_broker(self, tell: Tell) -> list[str]:
         self._broker.bounce()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+import weft.core
 from weft.cli.supervisor.logfile import LogFile
 from weft.cli.supervisor.pipe import LinePipe
 from weft.cli.supervisor.policy import Ended, History, RestartPolicy, describe
@@ -23,7 +24,7 @@ READY_LINE: Final = "ready"
 """What a line on stderr begins with when a process serves."""
 LONGEST_REASON: Final = 300
 """Characters of a child's last words that are kept."""
-_LAUNCH: Final = str(Path(__file__).with_name("launch.py"))
+_LAUNCH: Final = str(Path(weft.core.__file__).with_name("launch.py"))
 
 
 @dataclass(frozen=True, slots=True)

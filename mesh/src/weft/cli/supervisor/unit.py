@@ -31,7 +31,7 @@ class Unit:
 
     name: str
     kind: str
-    """`broker`, `coordinator`, `gateway` or `agent`."""
+    """`broker`, `coordinator`, `gateway`, `sidecar` or `agent`."""
     on_change: Callable[[Unit], None]
     """Called after every change of state."""
     agent: str = ""

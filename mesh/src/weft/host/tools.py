@@ -1,0 +1,196 @@
+"""What a handler uses of the tools: through the sidecar, in the agent's own name, as part of its task."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from weft.client.tools import ToolRequest
+from weft.host.run import Run
+from weft_protocols import headers as h
+from weft_protocols import mcp
+from weft_protocols.errors import InvalidName
+
+Progress = Callable[[float, float | None, str], None]
+"""Gets how far a call is, of how much (None if that is not known), and what it says about it."""
+PATIENCE: Final = 10.0
+"""Seconds a call waits for a sidecar where none runs: one is being started or replaced."""
+TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool answered."""
+
+    text: str
+    """Its text, the parts joined by line breaks."""
+    structured: Any
+    """Its structured content, or None."""
+    content: tuple[Mapping[str, Any], ...]
+    """Its content blocks as MCP has them."""
+    is_error: bool
+    """Whether the tool, or the sidecar in its place, says that it failed."""
+    refusal: Mapping[str, Any] | None = None
+    """Why the sidecar did not make the call: `code`, `kind` and more; None if it did."""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """The whole result."""
+
+    @staticmethod
+    def of(result: Mapping[str, Any]) -> ToolResult:
+        """The result in a message."""
+        found = result.get("content")
+        content = tuple(one for one in found if isinstance(one, dict)) if isinstance(found, list) else ()
+        texts = [str(one.get("text", "")) for one in content if one.get("type") == "text"]
+        meta = result.get("_meta")
+        refusal = meta.get(mcp.META_REFUSAL) if isinstance(meta, dict) else None
+        return ToolResult(
+            "\n".join(texts),
+            result.get("structuredContent"),
+            content,
+            result.get("isError") is True,
+            refusal if isinstance(refusal, dict) else None,
+            dict(result),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool the task may call."""
+
+    name: str
+    """`server.tool`, as `call` takes it."""
+    description: str
+    input_schema: Mapping[str, Any]
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """The whole definition."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolAddress:
+    """Where a framework of the task finds its tools: streamable HTTP on this machine."""
+
+    url: str
+    token: str
+    """Bearer token of this task; it ends with the task."""
+    expires: float
+    """Unix seconds; ask again before."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every request."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+class Tools:
+    """The tools of one task. A call within a step is part of that step: recorded with it, made again with it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    async def call(
+        self, tool: str, /, *, timeout: float | None = None, progress: Progress | None = None, **arguments: Any
+    ) -> ToolResult:
+        """Call `server.tool` with these arguments.
+
+        A tool that fails, and a call that the sidecar refuses for a reason an agent can act on, is a result with
+        `is_error`.
+
+        Args:
+            tool: `server.tool`.
+            timeout: seconds; the task's own deadline if that is sooner.
+            progress: told how far it is, where the tool says so.
+
+        Raises:
+            ToolError: there is no such server or tool, or it is in quarantine, or the server broke down.
+            DeadlineExceeded: it took too long.
+            Unavailable: no sidecar runs.
+        """
+        server, name = split(tool)
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        if progress is not None:
+            params["_meta"] = {"progressToken": "call"}
+        return ToolResult.of(await self._ask(server, "tools/call", params, timeout=timeout, progress=progress))
+
+    async def list(self) -> tuple[Tool, ...]:
+        """The tools the task may call, of all servers."""
+        told = await self._ask(mcp.EVERY, "tools/list", {})
+        found = told.get("tools")
+        return tuple(_tool(one) for one in found if isinstance(one, dict)) if isinstance(found, list) else ()
+
+    async def read(self, uri: str, *, timeout: float | None = None) -> bytes | str:
+        """A resource: text, or bytes if it is binary. `uri` is `server+uri`, as results and lists have it.
+
+        Raises what `call` raises.
+        """
+        server, own = mcp.split_uri(uri)
+        told = await self._ask(server, "resources/read", {"uri": own}, timeout=timeout)
+        return contents(told)
+
+    async def address(self) -> ToolAddress:
+        """An address with a token of this task, for frameworks that speak MCP themselves. Raises what `call` raises."""
+        told = await self._ask(mcp.EVERY, mcp.ISSUE_TOKEN, {"task": self._run.task_id})
+        self._run.tokens.append(str(told["id"]))
+        return ToolAddress(str(told["url"]), str(told["token"]), float(told["expires"]))
+
+    async def _ask(
+        self,
+        server: str,
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        run = self._run
+        own = run.work.headers
+        before, this = own.get("weft-chain", ""), f"{run.work.agent}/{run.task_id}"
+        limits = [run.work.deadline, None if timeout is None else time.time() + timeout]
+        request = ToolRequest(
+            server,
+            method,
+            params,
+            chain=f"{before},{this}" if before else this,
+            deadline=min((one for one in limits if one is not None), default=None),
+            trace={name: own[name] for name in TRACE if own.get(name)},
+            agent_version=run.agent.version,
+        )
+
+        def heard(name: str, told: dict[str, Any]) -> None:
+            if name == "notifications/progress" and progress is not None:
+                progress(float(told.get("progress", 0)), told.get("total"), str(told.get("message", "")))
+
+        with run.waits.working():
+            result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
+        run.last_progress = time.time()
+        return result
+
+
+def split(tool: str) -> tuple[str, str]:
+    """Server and name of `server.tool`. Raises InvalidName if there is no server in it."""
+    server, dot, name = tool.partition(".")
+    if not dot or not name:
+        raise InvalidName(f"{tool!r} names no tool: write server.tool")
+    return mcp.check_server(server), name
+
+
+def contents(result: Mapping[str, Any]) -> bytes | str:
+    """The content of a resource that was read."""
+    found = result.get("contents")
+    parts = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    if len(parts) == 1 and isinstance(parts[0].get("blob"), str):
+        try:
+            return base64.b64decode(parts[0]["blob"], validate=True)
+        except binascii.Error:
+            return str(parts[0]["blob"])
+    return "\n".join(str(one["text"]) for one in parts if "text" in one)
+
+
+def _tool(raw: Mapping[str, Any]) -> Tool:
+    server, _, name = str(raw.get("name", "")).partition(mcp.SEPARATOR)
+    schema = raw.get("inputSchema")
+    described = str(raw.get("description") or "")
+    return Tool(f"{server}.{name}", described, schema if isinstance(schema, dict) else {}, dict(raw))

@@ -1,0 +1,92 @@
+"""`python -m weft.sidecar`: one sidecar until SIGTERM or SIGINT.
+
+Prints `ready` on standard error when it serves. Exit code 0 when it was told to stop, else that of the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from weft.core import process
+from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config, load_settings
+from weft.core.toolsconf import INSTALL, SidecarConfig, missing_modules
+from weft_protocols.errors import InvalidConfig, Unavailable, WeftError
+
+IDENTITY = "sidecar"
+
+
+def load_sidecar_config(connection: ConnectionSettings) -> SidecarConfig:
+    """Section `sidecar` of `mesh.yaml`, and `WEFT_SIDECAR_PORT`, which wins. Raises InvalidConfig."""
+    named = os.environ.get("WEFT_CONFIG")
+    folders = [*([connection.home.parent] if connection.home is not None else []), Path.cwd()]
+    path = Path(named) if named else next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
+    config = load_mesh_config(path).sidecar if path is not None else SidecarConfig()
+    port = os.environ.get("WEFT_SIDECAR_PORT")
+    if port is None:
+        return config
+    if not port.isdigit() or int(port) > 65535:
+        raise InvalidConfig(f"WEFT_SIDECAR_PORT is {port!r}; it must be a port from 0 to 65535")
+    return replace(config, port=int(port))
+
+
+async def serve(connection: ConnectionSettings, config: SidecarConfig, *, grace: float) -> None:
+    """Connect, serve until a signal, drain."""
+    from weft.core.broker import Broker
+    from weft.core.home import Home
+    from weft.sidecar.service import SidecarService
+
+    stop = asyncio.Event()
+    process.leave_when_told(stop.set)
+    broker = await Broker.connect(connection, name=IDENTITY, timeout=15.0)
+    try:
+        home = Home(connection.home) if connection.home is not None else None
+        service = SidecarService(broker, config, home=home)
+        try:
+            await service.start()
+            _say(f"ready: sidecar with {len(service.plane.servers)} tool servers, HTTP at {service.web.url}/mcp")
+            process.collect_seldom()
+            await service.run(stop)
+            await service.drain(grace)
+        finally:
+            await service.aclose()
+    finally:
+        await broker.close()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _grace() -> float:
+    text = os.environ.get("WEFT_GRACE", "10")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise InvalidConfig(f"WEFT_GRACE is {text!r}; it must be a number of seconds") from None
+
+
+def main() -> int:
+    """Run; the exit code."""
+    process.log_to_stderr()
+    for noisy in ("uvicorn.error", "httpx2", "mcp"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if missing := missing_modules():
+            raise Unavailable(f"a sidecar needs {', '.join(missing)}, which is not installed: {INSTALL}")
+        connection = load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY)
+        with asyncio.Runner(loop_factory=process.loop_factory()) as runner:
+            runner.run(serve(connection, load_sidecar_config(connection), grace=_grace()))
+    except WeftError as error:
+        _say(f"sidecar: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The tool plane: every registered server, behind one pipeline, whichever front a request came by."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from weft.core.broker import Broker
+from weft.core.latest import Follower
+from weft.core.supervise import Tasks
+from weft.core.toolsconf import ToolServer
+from weft.core.toolstore import ToolStore
+from weft.sidecar.aggregate import Aggregate
+from weft.sidecar.arguments import Arguments
+from weft.sidecar.backend import Request
+from weft.sidecar.events import Events
+from weft.sidecar.link import Heard, known_as
+from weft.sidecar.paramheaders import param_headers
+from weft.sidecar.pins import Pin
+from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.served import CHANGES, Served
+from weft.sidecar.session import Session, as_modern
+from weft.sidecar.stages import ENDLESS, Breaker, Concurrency, Deadline, Pinned, ResponseSize
+from weft.sidecar.upstream import Connect
+from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
+from weft_protocols.mcp import (
+    EVERY,
+    INVALID_PARAMS,
+    META_SUBSCRIPTION,
+    METHOD_NOT_FOUND,
+    NO_SERVER,
+    VERSION,
+    name_of,
+)
+from weft_protocols.resources import TOOL_CHANGES
+
+log = logging.getLogger("weft.sidecar")
+
+TTL: Final = 60_000
+"""Milliseconds for which a list of definitions may be kept by its caller."""
+KINDS: Final = {"tools/call": "tool", "prompts/get": "prompt"}
+LISTS: Final = {
+    "tools/list": ("tool", "tools"),
+    "prompts/list": ("prompt", "prompts"),
+    "resources/templates/list": ("template", "resourceTemplates"),
+}
+"""Listings that are answered from what is approved: the kind, and the field of the result."""
+FORWARDED: Final = (
+    "tools/call", "prompts/get", "resources/read", "resources/list", "completion/complete", "subscriptions/listen",
+)  # fmt: skip
+STARTED_WITHIN: Final = 20.0
+"""Seconds to read which servers are registered."""
+
+
+def usual_stages() -> list[Stage]:
+    """What every sidecar has, in its order."""
+    return [Deadline(), Pinned(), Arguments(), ResponseSize(), Breaker(), Concurrency()]
+
+
+class Plane:
+    """All servers of a mesh.
+
+    Args:
+        broker: a connection of account MESH.
+        connect: opens links to servers.
+        stages: what calls pass.
+    """
+
+    def __init__(self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None) -> None:
+        self.store = ToolStore(broker)
+        self.pipeline = Pipeline(stages if stages is not None else usual_stages())
+        self.events = Events()
+        self._connect = connect
+        self._served: dict[str, Served] = {}
+        self._pins: dict[str, tuple[int, Pin | None]] = {}
+        self._follower = Follower(broker, TOOL_CHANGES, self._look)
+        self._aggregate = Aggregate(self)
+        self._tasks = Tasks("tool plane")
+        self._ending = Tasks("ends of tool servers")
+
+    async def start(self) -> None:
+        """Read what is registered, and follow it from now on. Raises Unavailable if it cannot be read."""
+        ready = asyncio.Event()
+        self._tasks.start(self._follower.run(ready.set), name="registrations")
+        try:
+            async with asyncio.timeout(STARTED_WITHIN):
+                await ready.wait()
+        except TimeoutError:
+            raise Unavailable("which tool servers are registered cannot be read: is the mesh up?") from None
+
+    async def aclose(self) -> None:
+        """End every server's processes and connections."""
+        await self._tasks.aclose()
+        await self.events.aclose()
+        served, self._served = list(self._served.values()), {}
+        async with asyncio.TaskGroup() as group:
+            for one in served:
+                group.create_task(one.aclose())
+            group.create_task(self._ending.idle())  # to the end of each: a process must not outlive it
+
+    @property
+    def servers(self) -> dict[str, Served]:
+        """Those that are enabled, by name."""
+        return {name: one for name, one in sorted(self._served.items()) if one.server.enabled}
+
+    @property
+    def state(self) -> list[dict[str, Any]]:
+        """Every registered server, for operators."""
+        return [one.state for _, one in sorted(self._served.items())]
+
+    def served(self, name: str) -> Served:
+        """A server. Raises ToolError if there is none of that name, or it is switched off."""
+        found = self._served.get(name)
+        if found is None or not found.server.enabled:
+            known = ", ".join(self.servers) or "none"
+            raise ToolError(f"there is no tool server {name!r}; there are: {known}", code=NO_SERVER)
+        return found
+
+    async def handle(self, request: Request, heard: Heard) -> dict[str, Any]:
+        """See `Backend`."""
+        if request.server == EVERY:
+            return await self._aggregate.handle(request, heard)
+        return await self.one(request, heard)
+
+    async def one(self, request: Request, heard: Heard) -> dict[str, Any]:
+        """A request to one server, names being its own."""
+        served = self.served(request.server)
+        if request.method == "ping":
+            return {}
+        if request.method == "server/discover":
+            return await self._discover(served)
+        if request.method in LISTS:
+            return await self._through(served, request, lambda call: self._listed(served, call))
+        if request.method not in FORWARDED:
+            raise ToolError(f"{request.method} is not served here", code=METHOD_NOT_FOUND)
+        return await self._through(served, request, lambda call: self._forward(served, call, request, heard))
+
+    async def _through(
+        self, served: Served, request: Request, execute: Callable[[Call], Awaitable[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        await served.known()
+        name = name_of(request.method, request.params)
+        kind = KINDS.get(request.method)
+        definition, digest, quarantine = served.definition(kind, name) if kind else (None, "", "")
+        if kind and definition is None:
+            await served.look_again()
+            definition, digest, quarantine = served.definition(kind, name)
+            if definition is None:
+                raise ToolError(f"Unknown {kind}: {served.name} offers no {name[:80]!r}", code=INVALID_PARAMS)
+        call = Call(
+            caller=request.caller,
+            server=served.name,
+            method=request.method,
+            name=name,
+            params=request.params,
+            limits=served.upstream.limits,
+            modern=request.modern,
+            front=request.front,
+            request=request.token,
+            task=request.task,
+            chain=request.chain,
+            agent_version=request.agent_version,
+            deadline=request.deadline,
+            definition=definition,
+            definition_digest=digest,
+            quarantine=quarantine,
+        )
+        return await self.pipeline.run(call, execute)
+
+    async def _discover(self, served: Served) -> dict[str, Any]:
+        identity = (await served.known()).identity
+        if identity is None:
+            raise ToolError(f"{served.name} has not said who it is", code=NO_SERVER)
+        capabilities = dict(identity.capabilities)
+        made: dict[str, Any] = {
+            "supportedVersions": [VERSION],
+            "capabilities": capabilities,
+            "_meta": {"io.modelcontextprotocol/serverInfo": {"name": served.name, "version": "", **identity.info}},
+        }
+        if identity.instructions and not served.catalog.why("instructions"):
+            made["instructions"] = identity.instructions
+        return as_modern("server/discover", made)
+
+    async def _listed(self, served: Served, call: Call) -> dict[str, Any]:
+        kind, part = LISTS[call.method]
+        made: dict[str, Any] = {part: [dict(one) for one in served.catalog.approved(kind)]}
+        return as_modern(call.method, {"ttlMs": TTL, **made}) if call.modern else made
+
+    async def _forward(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
+        headers = {**request.extra, **param_headers(call)}
+        async with served.upstream.borrowed() as session:
+            if call.method in ENDLESS:
+                return await self._listen(session, call, request, heard)
+            try:
+                return await self._call(session, call, heard, headers)
+            except asyncio.CancelledError:
+                if call.deadline is not None and time.time() >= call.deadline:
+                    self._tasks.start(served.upstream.doubt(session), name=f"whether {served.name} lives")
+                raise
+
+    async def _call(self, session: Session, call: Call, heard: Heard, headers: Mapping[str, str]) -> dict[str, Any]:
+        result = await session.call(call.method, call.params, modern=call.modern, heard=heard, headers=headers)
+        if call.method in ("resources/list", "resources/read") and "cacheScope" in result:
+            # Who may see it is decided for each caller, so that nobody may keep it for others.
+            result = {**result, "cacheScope": "private"}
+        return result
+
+    async def _listen(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
+        """A subscription, known to the caller by its own id."""
+        if not session.identity.modern:
+            return await self._hear_of(session, call, request, heard)
+
+        def told(method: str, params: dict[str, Any]) -> None:
+            heard(method, known_as(params, request.id))
+
+        return known_as(await session.call(call.method, call.params, heard=told), request.id)
+
+    async def _hear_of(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
+        """A subscription to a server of the earlier era: what it says by itself."""
+        wanted = call.params.get("notifications")
+        listed = wanted.get("resourceSubscriptions") if isinstance(wanted, dict) else None
+        offered = session.identity.capabilities.get("resources")
+        watched: list[str] = []
+        if isinstance(listed, list) and isinstance(offered, dict) and offered.get("subscribe"):
+            watched = [str(uri) for uri in listed]
+            for uri in watched:
+                await session.call("resources/subscribe", {"uri": uri}, modern=False)
+        await self.events.listen((call.server,), wanted, ident=request.id, heard=heard, resources=watched)
+        return {"resultType": "complete", "_meta": {META_SUBSCRIPTION: request.id}}
+
+    # Registrations -----------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Take over what is registered and approved now."""
+        pins = self._pins
+        before = {name: one.server for name, one in self._served.items()}, pins
+        registered = await self.store.registered()
+        await self._read_pins()
+        # Whoever takes a pin away wants what is seen next to be the first.
+        unpinned = {name for name in pins if name not in self._pins}
+        changed = {name for name, one in self._served.items() if registered.get(name) != one.server}
+        for name in (changed | unpinned) & self._served.keys():
+            gone = self._served.pop(name)
+            self._ending.start(gone.aclose(), name=f"end of {name}")
+            log.info("tool server %s: %s", name, "changed" if name in registered else "removed")
+        for name, server in registered.items():
+            sequence, pin = self._pins.get(name, (0, None))
+            served = self._served.get(name)
+            if served is None:
+                self._served[name] = self._made(server, pin, sequence)
+                log.info("tool server %s: %s", name, server.where)
+            elif pin is not None:
+                served.repin(pin, sequence)
+        if (registered, self._pins) != before:
+            for method in CHANGES:
+                self.events.said(EVERY, method, {})
+
+    def _made(self, server: ToolServer, pin: Pin | None, sequence: int) -> Served:
+        return Served(
+            server,
+            self._connect,
+            pin=pin,
+            pin_sequence=sequence,
+            remember=self._remember,
+            on_event=self.events.said,
+        )
+
+    async def _read_pins(self) -> None:
+        found: dict[str, tuple[int, Pin | None]] = {}
+        for name, record in (await self.store.pins.all()).items():
+            before = self._pins.get(name)
+            if before is not None and before[0] == record.seq:
+                found[name] = before
+                continue
+            try:
+                found[name] = (record.seq, Pin.decode(record.data))
+            except InvalidConfig as error:
+                log.warning("%s: %s; nothing of it is approved", name, error)
+                found[name] = (record.seq, Pin())
+        self._pins = found
+
+    async def _remember(self, name: str, pin: Pin) -> tuple[Pin, int]:
+        """Store a server's first pin; the one that holds, which another sidecar may have stored first."""
+        record = await self.store.pins.get(name)
+        if record is None:
+            last = await self.store.pins.last_sequence(name)
+            try:
+                await self.store.pins.put(name, pin.encode(), after=last)
+            except Conflict:
+                log.debug("another sidecar pinned %s first", name)
+            record = await self.store.pins.get(name)
+        return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)

@@ -1,0 +1,243 @@
+"""One registered server: its sessions, started when needed, shared, supervised, and ended when nobody needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import httpx2
+
+from weft.core.supervise import Tasks
+from weft.core.toolsconf import ToolServer
+from weft.sidecar.http import HttpLink
+from weft.sidecar.link import Heard, Link, LinkEnded
+from weft.sidecar.session import Session, open_session
+from weft.sidecar.settings import Limits, limits_of
+from weft.sidecar.stdio import ProcessCommand, StdioLink
+from weft_protocols.errors import InvalidConfig, ToolError
+from weft_protocols.mcp import UPSTREAM_FAILED
+
+log = logging.getLogger("weft.sidecar")
+
+FIRST_PAUSE: Final = 0.5
+"""Seconds without a new attempt after a server failed to start; doubled each time."""
+LONGEST_PAUSE: Final = 30.0
+LOOK: Final = 5.0
+"""Seconds between looks for processes that nobody uses."""
+
+Connect = Callable[[ToolServer, Heard], Awaitable[Link]]
+"""Opens a link to a server; raises LinkEnded or ToolError."""
+
+
+def connector(client: httpx2.AsyncClient) -> Connect:
+    """Opens links: processes, and addresses through one shared client."""
+
+    async def connect(server: ToolServer, on_event: Heard) -> Link:
+        if server.url:
+            headers = from_environment(server.headers_env, server.name)
+            return HttpLink(client, server.url, headers=headers, on_event=on_event)
+        env = from_environment(server.env, server.name)
+        return await StdioLink.start(ProcessCommand(server.name, server.command, env, server.cwd or None), on_event)
+
+    return connect
+
+
+def from_environment(names: Mapping[str, str], server: str) -> dict[str, str]:
+    """The values of variables. Raises ToolError naming those that are not set, never a value."""
+    missing = sorted({variable for variable in names.values() if variable not in os.environ})
+    if missing:
+        raise ToolError(
+            f"tool server {server} needs {', '.join(missing)}, which the sidecar's environment does not have",
+            code=UPSTREAM_FAILED,
+        )
+    return {name: os.environ[variable] for name, variable in names.items()}
+
+
+class Upstream:
+    """One server.
+
+    Args:
+        server: how it is reached.
+        connect: opens a link.
+        opened: called with every new session, before anybody else uses it.
+        on_event: gets what the server says that belongs to no request.
+    """
+
+    def __init__(
+        self,
+        server: ToolServer,
+        connect: Connect,
+        *,
+        opened: Callable[[Session], Awaitable[None]],
+        on_event: Heard,
+    ) -> None:
+        self.server = server
+        self.fault = ""
+        """What is wrong with its settings; then nothing is limited by them and no session is opened."""
+        try:
+            self.limits = limits_of(server.settings, f"settings of {server.name}")
+        except InvalidConfig as error:
+            self.limits, self.fault = Limits(), str(error)
+        self.restarts = 0
+        """Sessions that ended by themselves."""
+        self._connect = connect
+        self._opened = opened
+        self._on_event = on_event
+        self._sessions: list[Session] = []
+        self._opening = asyncio.Lock()
+        self._era = server.era
+        self._pause = 0.0
+        self._not_before = 0.0
+        self._failure = ""
+        self._used = 0.0
+        self._tasks = Tasks(f"upstream {server.name}")
+        self._closed = False
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Those that are open."""
+        return [one for one in self._sessions if not one.link.ended.is_set()]
+
+    @property
+    def failure(self) -> str:
+        """Why it cannot be used now; empty if it can, as far as is known."""
+        return self.fault or ("" if self.sessions else self._failure)
+
+    @asynccontextmanager
+    async def borrowed(self) -> AsyncIterator[Session]:
+        """A session to use, opened if need be.
+
+        Raises ToolError if the server cannot be started or reached, at once while it is left in peace after a failure.
+        """
+        session = await self._session()
+        self._used = _now()
+        session.busy += 1
+        try:
+            yield session
+        finally:
+            session.busy -= 1
+            self._used = _now()
+
+    async def doubt(self, session: Session) -> None:
+        """A call took too long: end the session if its server does not answer anything."""
+        if session.link.ended.is_set() or await session.alive():
+            return
+        log.warning("%s answers nothing; it is started again", self.server.name)
+        await session.link.aclose()
+
+    async def aclose(self) -> None:
+        """End every session, process and all."""
+        self._closed = True
+        sessions, self._sessions = self._sessions, []
+        async with asyncio.TaskGroup() as group:
+            for session in sessions:
+                group.create_task(session.link.aclose())
+        await self._tasks.aclose()
+
+    async def _session(self) -> Session:
+        found = self._free()
+        if found is not None:
+            return found
+        async with self._opening:
+            found = self._free()
+            if found is not None:
+                return found
+            return await self._open()
+
+    def _free(self) -> Session | None:
+        """The least busy session, unless one more may be started for it."""
+        sessions = self.sessions
+        if not sessions:
+            return None
+        best = min(sessions, key=lambda one: one.busy)
+        more = self.server.transport == "stdio" and len(sessions) < self.limits.processes
+        return None if best.busy and more else best
+
+    async def _open(self) -> Session:
+        if self.fault or self._closed:
+            raise ToolError(self.fault or f"{self.server.name} was removed", code=UPSTREAM_FAILED)
+        left = self._not_before - _now()
+        if left > 0:
+            raise ToolError(
+                f"{self.server.name}: {self._failure}; it is tried again in {left:.1f} s",
+                code=UPSTREAM_FAILED,
+                data={"retryAfter": round(left, 1)},
+            )
+        try:
+            async with asyncio.timeout(self.limits.start_timeout):
+                session = await self._attempt()
+        except TimeoutError:
+            raise self._failed(f"it did not say who it is within {self.limits.start_timeout:g} s") from None
+        except ToolError as error:
+            raise self._failed(str(error)) from None
+        self._pause, self._failure = 0.0, ""
+        self._sessions.append(session)
+        self._tasks.start(self._watch(session), name=f"session of {self.server.name}")
+        return session
+
+    async def _attempt(self) -> Session:
+        """Connect and find out the era. A server that does not survive the question is not asked again."""
+        link = await self._connect(self.server, self._on_event)
+        try:
+            try:
+                session = await open_session(link, self._era)
+            except LinkEnded:
+                if self._era != "auto" or self.server.transport != "stdio":
+                    raise
+                await link.aclose()
+                link = await self._connect(self.server, self._on_event)
+                session = await open_session(link, "legacy")
+            await self._opened(session)
+        except BaseException:
+            await link.aclose()
+            raise
+        if self.server.era == "auto":
+            self._era = "modern" if session.identity.modern else "legacy"
+        return session
+
+    def _failed(self, reason: str) -> ToolError:
+        self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
+        self._not_before = _now() + self._pause
+        self._failure = reason
+        self._era = self.server.era  # it may be another one when it comes back
+        log.warning("tool server %s cannot be used: %s", self.server.name, reason)
+        return ToolError(f"{self.server.name}: {reason}", code=UPSTREAM_FAILED, data={"retryAfter": self._pause})
+
+    async def _watch(self, session: Session) -> None:
+        """Wait for a session's end, or make it when nobody needs it any more."""
+        ended = session.link.ended
+        while not ended.is_set():
+            try:
+                async with asyncio.timeout(LOOK):
+                    await ended.wait()
+            except TimeoutError:
+                if self.server.transport == "stdio" and not session.busy and _now() - self._used > self.limits.idle:
+                    log.info("%s is not used; its process ends", self.server.name)
+                    self._sessions.remove(session)
+                    await session.link.aclose()
+                    return
+        if session in self._sessions:
+            self._sessions.remove(session)
+            self.restarts += 1
+            log.warning("tool server %s: %s", self.server.name, session.link.reason)
+        await session.link.aclose()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For operators."""
+        sessions = self.sessions
+        return {
+            "sessions": len(sessions),
+            "busy": sum(one.busy for one in sessions),
+            "restarts": self.restarts,
+            "version": sessions[0].identity.version if sessions else "",
+            "failure": self.failure,
+        }
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

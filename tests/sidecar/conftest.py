@@ -1,0 +1,114 @@
+"""A tool plane on the session's broker, in front of a server that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from weft.client.tools import ToolClient, ToolRequest
+from weft.core.broker import Broker
+from weft.core.toolsconf import SidecarConfig, ToolServer
+from weft.core.toolstore import ToolStore
+from weft.testing.agents import eventually
+from weft.testing.broker import BrokerMesh, unique_name
+
+if TYPE_CHECKING:
+    from weft.sidecar.service import SidecarService
+
+# Without the extra `sidecar` there is nothing to test here.
+collect_ignore_glob = [] if find_spec("mcp") is not None else ["test_*.py"]
+BAD = Path(__file__).with_name("badserver.py")
+
+
+@dataclass
+class Stage:
+    """A sidecar, a caller, the operator, and servers registered on the way."""
+
+    service: SidecarService
+    caller: ToolClient
+    operator: ToolClient
+    store: ToolStore
+    broker: Broker
+    """The caller's connection."""
+    folder: Path
+    names: list[str] = field(default_factory=list)
+
+    async def bad(self, *flags: str, trust: str = "first-use", **settings: Any) -> str:
+        """Register the misbehaving server; its name."""
+        name = unique_name("bad")
+        (self.folder / name).mkdir()
+        command = (sys.executable, "-S", str(BAD), str(self.folder / name), *flags)
+        await self.register(ToolServer(name, command=command, trust=trust, settings=settings))
+        return name
+
+    async def register(self, server: ToolServer) -> None:
+        await self.store.register(server)
+        self.names.append(server.name)
+        await eventually(lambda: server.name in self.service.plane.servers)
+
+    async def do(self, server: str, what: str, n: int = 1, *, heard: Any = None, **more: Any) -> dict[str, Any]:
+        """Call the server's one tool."""
+        params: dict[str, Any] = {"name": "do", "arguments": {"what": what, "n": n}, **more}
+        return await self.caller.request(ToolRequest(server, "tools/call", params), heard=heard)
+
+    async def ask(self, server: str, method: str, /, **params: Any) -> dict[str, Any]:
+        return await self.caller.request(ToolRequest(server, method, params))
+
+    async def operate(self, method: str, /, **params: Any) -> dict[str, Any]:
+        return await self.operator.request(ToolRequest("_", method, params))
+
+    def state(self, server: str) -> Path:
+        return self.folder / server
+
+    def started(self, server: str) -> list[int]:
+        """Pids of its processes so far."""
+        file = self.state(server) / "started"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def text(result: dict[str, Any]) -> str:
+    return str(result["content"][0]["text"])
+
+
+@pytest.fixture
+def said() -> Callable[[dict[str, Any]], str]:
+    """The first text of a result."""
+    return text
+
+
+@pytest.fixture(scope="module")
+async def running(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+    from weft.sidecar.service import SidecarService
+
+    async with AsyncExitStack() as stack:
+
+        async def connect(name: str) -> Broker:
+            broker = await mesh.connect(name)
+            stack.push_async_callback(broker.close)
+            return broker
+
+        operator, local = await connect("operator"), await connect("local")
+        service = SidecarService(await connect("sidecar"), SidecarConfig())
+        stack.push_async_callback(service.aclose)
+        await service.start()
+        caller, operating = [await ToolClient(broker).start() for broker in (local, operator)]
+        for client in (caller, operating):
+            stack.push_async_callback(client.aclose)
+        yield Stage(service, caller, operating, ToolStore(operator), local, tmp_path_factory.mktemp("servers"))
+
+
+@pytest.fixture
+async def stage(running: Stage) -> AsyncIterator[Stage]:
+    """The module's sidecar, without servers."""
+    yield running
+    names, running.names = running.names, []
+    for name in names:
+        await running.store.remove(name)
+    await eventually(lambda: not set(names) & running.service.plane.servers.keys())
