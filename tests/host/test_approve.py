@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,13 @@ import weft
 from weft.client import approvals as api
 from weft.core.broker import Broker
 from weft.host import approving, parking
+from weft.host.tools import Tools
 from weft.testing.agents import ReplicaProcesses, client, coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft.testing.scratch import Scratch
 from weft.testing.stored import StoredTask
 from weft.testing.watching import heard, seen, settled
+from weft_protocols import mcp
 from weft_protocols.errors import UsageError
 from weft_protocols.records import SUSPENDED
 
@@ -286,30 +289,55 @@ async def test_a_branch_that_is_given_up_withdraws_and_the_task_goes_on(
         assert (await handle.result()).text == "True approved"
 
 
-async def test_a_task_waits_for_what_a_sidecar_asked_and_makes_the_call_once(
-    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, operator: Broker
+@pytest.mark.parametrize("allow", [True, False], ids=["approved", "denied"])
+async def test_a_tool_call_waits_for_its_approval_and_is_made_once(
+    mesh: BrokerMesh,
+    caller: weft.Mesh,
+    unique: Unique,
+    operator: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+    allow: bool,
 ) -> None:
     """Fails if a task that left memory for a tool's approval is not woken, or its call is made twice."""
     agent = weft.Agent(unique("writer"), suspend_after=SOON)
-    refused: list[str] = []
+    made: list[str] = []
+
+    async def sidecar(tools: Tools, server: str, method: str, params: dict[str, Any], **_: object) -> dict[str, Any]:
+        """What a sidecar does with a call that needs an approval, in this order."""
+        wanted = api.ToolCall(agent.name, server, params["name"], "a" * 64, "d1", "p1", tools._run.task_id)
+        found = await api.ask(operator, wanted, title="crm update", needs=[("", 1)], details=params["arguments"])
+        if found.state == "pending":
+            return refusal(mcp.PENDING, approval=found.id)
+        if found.state != "approved" or await api.use(operator, found.id, wanted, by=f"call-{len(made)}"):
+            return refusal(mcp.DENIED, approval=found.id)
+        made.append(found.id)
+        return {"content": [{"type": "text", "text": "updated"}]}
+
+    monkeypatch.setattr(Tools, "_ask", sidecar)
 
     @agent.skill()
     async def write(task: weft.Task) -> str:
-        wanted = api.ToolCall(agent.name, "crm", "update", "a" * 64, "d1", "p1", task.id)
-        # What the tool's sidecar does, between the call and its refusal; it runs in account MESH.
-        asked = await api.ask(operator, wanted, title="crm update", needs=[("", 1)], details={"id": "acme"})
-        state = await approving.awaited(task._run, asked.id)
-        refused.append(await api.use(operator, asked.id, wanted, by="call-1"))
-        refused.append(await api.use(operator, asked.id, wanted, by="call-2"))
-        return state
+        result = await task.tools.call("crm.update", id="acme")
+        return result.text if not result.is_error else f"refused: {result.refusal and result.refusal['code']}"
 
     async with running(mesh, agent) as (replica,), await caller.submit(agent.name, "go") as handle:
         pending = await asked(operator, agent.name)
-        assert (pending.kind, pending.tool, pending.requester) == ("tool", "update", "local")
+        assert (pending.kind, pending.tool, pending.requester, pending.details) == (
+            "tool",
+            "update",
+            "local",
+            {"id": "acme"},
+        )
         await eventually(lambda: not replica.owned)
-        await api.decide(operator, pending.id, who="ann", allow=True)
-        assert (await handle.result()).text == "approved"
-    assert refused == ["", "it was used before"]
+        await api.decide(operator, pending.id, who="ann", allow=allow, reason="because")
+        assert (await handle.result()).text == ("updated" if allow else f"refused: {mcp.DENIED}")
+        assert (await api.approval(operator, pending.id)).state == ("used" if allow else "denied")
+    assert made == ([pending.id] if allow else [])
+
+
+def refusal(code: int, **data: object) -> dict[str, Any]:
+    """A call that is not made, as its caller gets it."""
+    return {"content": [], "isError": True, "_meta": {mcp.META_REFUSAL: {"code": code, **data}}}
 
 
 @pytest.mark.parametrize("wrong", [{"title": " "}, {"title": "x" * 501}, {"details": {"x": object()}}])
