@@ -328,6 +328,7 @@ async def test_a_tool_call_waits_for_its_approval_and_is_made_once(
             "local",
             {"id": "acme"},
         )
+        await heard(handle, "waits for an approval by 1 of the approvers: crm update")
         await eventually(lambda: not replica.owned)
         await api.decide(operator, pending.id, who="ann", allow=allow, reason="because")
         assert (await handle.result()).text == ("updated" if allow else f"refused: {mcp.DENIED}")

@@ -180,20 +180,21 @@ class Approving:
                     told = await ask()
                 if told["state"] == PENDING:
                     wait.targets, wait.until = (told["id"],), told["expires"] / 1000
-                    await self._say(told)
+                    await _say(run, told)
                     told = await settled(run, told, ask)
                 return told
 
-    async def _say(self, told: Mapping[str, Any]) -> None:
-        """Tell the caller, once, what the task waits for. It is not asked itself."""
-        run, key = self._run, f"{records.APPROVING_KEY}-{told['id']}"
-        if await run.journal.read(key) is not None:
-            return
-        needs = " and ".join(f"{count} of {role or 'the approvers'}" for role, count in told["needs"])
-        text = f"waits for an approval by {needs}: {told['title']}"
-        shown = {name: told[name] for name in ("id", "title", "risk", "needs", "expires")}
-        await run.status(State.WORKING, a2a.parts_of(text), metadata={METADATA: shown})
-        await run.journal.write(key, b"")
+
+async def _say(run: Run, told: Mapping[str, Any]) -> None:
+    """Tell the caller, once, what the task waits for. It is not asked itself."""
+    key = f"{records.APPROVING_KEY}-{told['id']}"
+    if await run.journal.read(key) is not None:
+        return
+    needs = " and ".join(f"{count} of {role or 'the approvers'}" for role, count in told["needs"])
+    text = f"waits for an approval by {needs}: {told['title']}"
+    shown = {name: told[name] for name in ("id", "title", "risk", "needs", "expires")}
+    await run.status(State.WORKING, a2a.parts_of(text), metadata={METADATA: shown})
+    await run.journal.write(key, b"")
 
 
 async def settled(run: Run, told: dict[str, Any], ask: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
@@ -244,6 +245,7 @@ async def awaited(run: Run, id_: str, *, key: str = records.APPROVAL_KEY) -> str
         return str(told["state"])
     async with run.slot.waiting():
         with run.waits.open("approval", (told["id"],), key=key, until=told["expires"] / 1000):
+            await _say(run, told)
             return str((await settled(run, told, ask))["state"])
 
 
