@@ -1,6 +1,9 @@
 """`mesh approvals` on a mesh whose agent asks before it sends, and whose mesh.yaml says who may decide."""
 
+import json
 import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,6 +129,30 @@ def test_an_id_that_is_none_names_the_nearest(mails: Any, asks: Callable[[str], 
     assert "there is no approval" in mails.mesh("approvals", "show", "*", code=5).err
     assert mails.mesh("approvals", "approve", id_, "--as", "eve").out
     assert "there is no command" in mails.mesh("aprovals", code=2).err
+
+
+def test_what_is_asked_and_decided_can_be_watched(mails: Any, asks: Callable[[str], tuple[str, str]]) -> None:
+    _, id_ = asks("then")
+    watching = subprocess.Popen(
+        mails.command("approvals", "--watch", "-o", "json"),
+        cwd=mails.folder,
+        env=mails.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with watching:
+        assert watching.stdout is not None
+        states = []
+        for line in watching.stdout:
+            told = json.loads(line)
+            if told["id"] == id_:
+                states.append(told["state"])
+                if told["state"] == "approved":
+                    break
+                mails.mesh("approvals", "approve", id_)
+        watching.send_signal(signal.SIGINT)
+    assert states == ["pending", "approved"]
+    assert watching.returncode == 130
 
 
 def test_what_nobody_decides_about_is_an_incident_that_says_what_to_run(

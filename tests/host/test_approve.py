@@ -175,28 +175,41 @@ async def test_a_killed_replica_loses_no_question_and_no_decision(
         assert [one.state for one in await all_of(operator, processes.agent)] == ["approved", "approved"]
 
 
-async def test_a_restarted_coordinator_knows_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a decision needs the coordinator that was asked."""
+async def test_a_restarted_coordinator_knows_what_was_asked_and_a_recorded_decision_needs_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if a decision needs the coordinator that was asked, or one that was recorded needs any."""
     monkeypatch.setattr(approving, "AGAIN", 0.5)
     agent = weft.Agent("sender")
+    runs: list[int] = []
 
     @agent.skill()
     async def send(task: weft.Task) -> str:
-        return (await task.approve("Send?")).state
+        runs.append(1)
+        said = await task.approve("Send?")
+        if len(runs) == 1:
+            await asyncio.Event().wait()
+        return f"{said.state} by {said.by[0]}"
 
-    async with await start_test_mesh(["sender"]) as mesh, client(mesh) as caller, running(mesh, agent):
+    env = {"WEFT_COORDINATOR_LEASE": "1"}
+    async with (
+        await start_test_mesh(["sender"]) as mesh,
+        client(mesh) as caller,
+        running(mesh, agent, grace=0.1) as (first,),
+    ):
         operator = await mesh.connect("operator")
-        env = {"WEFT_COORDINATOR_LEASE": "1"}
         async with await caller.submit("sender", "go") as handle:
             async with coordinator_process(mesh, env=env) as coordinator:
                 pending = await asked(operator, "sender")
                 coordinator.kill()
                 await coordinator.exited()
             async with coordinator_process(mesh, env=env):
-                again = await asked(operator, "sender")
-                assert again == pending
+                assert await asked(operator, "sender") == pending
                 await api.decide(operator, pending.id, who="ann", allow=True)
-                assert (await handle.result(40)).text == "approved"
+                await heard(handle, "approved by ann", timeout=40)
+            async with running(mesh, agent):
+                await first.stop()
+                assert (await handle.result(40)).text == "approved by ann"
         await operator.close()
 
 
