@@ -15,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import graph, idle, leader, locks, report, roundtrip, suspended, takeover
+from bench import graph, idle, leader, locks, policy, report, roundtrip, suspended, takeover
 from bench.processes import ROOT
 
-CASES: Final = ("roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph")
+CASES: Final = (
+    "roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph", "policy",
+)  # fmt: skip
 RESULTS: Final = ROOT / "bench" / "results"
 
 
@@ -85,6 +87,8 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await leader.run(options.events)
         elif case == "idle":
             results[case] = await idle.run(max(3, options.repetitions))
+        elif case == "policy":
+            results[case] = policy.run()
         elif case == "graph":
             results[case] = graph.run(options.waiting)
         elif case == "locks":

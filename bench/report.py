@@ -31,6 +31,7 @@ def table(results: dict[str, Any]) -> str:
         ("locks", _locks),
         ("history", _history),
         ("graph", _graph),
+        ("policy", _policy),
     ):
         if case in results:
             lines += ["", *show(results[case])]
@@ -122,6 +123,15 @@ def _idle(result: dict[str, Any]) -> Iterable[str]:
     yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
     yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
     yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _policy(result: dict[str, Any]) -> Iterable[str]:
+    yield f"Policy: {result['rules']} rules, read and checked in {result['load_ms']:.0f} ms of CPU"
+    yield _goal("a decision in µs of CPU", result["decide_us"], 150.0, less=True)
+    yield _ratio("  with all rules about every request", result["shared_us"])
+    yield _ratio(f"  of {result['large_rules']} rules", result["large_us"])
+    yield _ratio("whether a tool is listed, in µs", result["visible_us"])
+    yield _goal("redacting 1.7 KB in µs", result["redact_us"], 200.0, less=True)
 
 
 def _suspended(result: dict[str, Any]) -> Iterable[str]:

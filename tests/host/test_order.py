@@ -144,7 +144,7 @@ async def test_who_waits_holds_no_slot_and_a_predecessor_that_asks_blocks_only_i
         queues = [replica.replica.queue for replica in replicas]
         await eventually(lambda: sum(map(len, queues)) == 2)
         assert (await caller.send(agent.name, "other", context_id=f"{agent.name}-b")).text == "other"
-        assert all(not replica.replica.slots.used for replica in replicas)
+        await eventually(lambda: all(not replica.replica.slots.used for replica in replicas))
         await asks.send("yes")
         for handle in (asks, *waits):
             async with handle:

@@ -30,6 +30,7 @@
     ├── ToolError                   a tool server, or the sidecar before it, answered with an error; `code` as data
     ├── Fail, Reject                raised by a handler: end the task as failed or rejected
     ├── AgentNotFound               no agent of that name on this mesh
+    ├── PolicyNotFound              no policy of that version
     └── Unavailable                 a part of the mesh needed for this is not running
 
 Whether trying again can help is the type: `retryable`. `exit_code` is what `mesh` ends with.
@@ -215,6 +216,12 @@ class ToolError(WeftError):
 
 class AgentNotFound(WeftError):
     """No agent of that name is on this mesh. HTTP has 404 for it."""
+
+    exit_code = 5
+
+
+class PolicyNotFound(WeftError):
+    """No policy of that version is stored."""
 
     exit_code = 5
 

@@ -22,6 +22,22 @@ PUSH_KEEP: Final = 30 * 86_400.0
 """Seconds a push notification config is kept after it was last set."""
 PUSH_JOBS: Final = 1_000_000
 """Deliveries under way, waiting for an event or for their next attempt. Each counts until its task has ended."""
+POLICY: Final = "MESH_POLICY"
+"""Policies and which of them decides, with all their history; no account but MESH reaches it."""
+POLICY_VERSIONS: Final = "mesh.policy.version"
+"""Prefix of policies: `mesh.policy.version.{n}` is written once, numbers count from 1."""
+POLICY_STATE: Final = "mesh.policy.state"
+"""Prefix of what decides: the last message on `mesh.policy.state.active` and on `mesh.policy.state.shadow`."""
+POLICY_CHANGES: Final = "mesh.policychange"
+"""Prefix under which the broker republishes what decides once it is stored."""
+RATES: Final = "MESH_RATES"
+"""What sidecars count, of each thing the last number; no account but MESH reaches it."""
+RATE_PREFIX: Final = "mesh.rate"
+"""Prefix of how far rate limits are used: `mesh.rate.{digest}`."""
+POLICY_SEEN: Final = "mesh.seen"
+"""Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.seen.{replica}`."""
+RATE_KEEP: Final = 31 * 86_400.0
+"""Seconds after its last use for which a number is kept: longer than a limit counts."""
 COORD: Final = "MESH_COORD"
 """What the coordinator decides; no account but MESH reaches it."""
 DECIDED: Final = "mesh.decided"
@@ -205,6 +221,19 @@ def streams(*, replicas: int = 1, keep: float = 86_400.0, max_bytes: int = -1) -
             tuple(f"mesh.{kind}.>" for kind in ("push", "pushed")),
             replicas=replicas,
             max_age=PUSH_KEEP,
+            max_per_subject=1,
+        ),
+        StreamSpec(
+            POLICY,
+            (f"{POLICY_VERSIONS}.*", f"{POLICY_STATE}.*"),
+            replicas=replicas,
+            republish=(f"{POLICY_STATE}.*", f"{POLICY_CHANGES}.{{{{wildcard(1)}}}}"),
+        ),
+        StreamSpec(
+            RATES,
+            (f"{RATE_PREFIX}.*", f"{POLICY_SEEN}.*"),
+            replicas=replicas,
+            max_age=RATE_KEEP,
             max_per_subject=1,
         ),
     )

@@ -52,7 +52,7 @@ def status(output: str) -> int:
     EPOCH counts reigns, DECIDED is the last decision, POSITION and LAG are those of the read model in messages of
     the task stream. Exit code 3 when none leads.
     """
-    from weft.cli.operator import as_operator
+    from weft.cli.operate import as_operator
     from weft.client import leadership
 
     found = as_operator(leadership.coordinators, name="mesh coordinator status")
@@ -84,7 +84,7 @@ def status(output: str) -> int:
 @output_option
 def rebuild(output: str) -> None:
     """Make the read models of all coordinators anew from the broker's log. They answer from the old ones meanwhile."""
-    from weft.cli.operator import as_operator
+    from weft.cli.operate import as_operator
     from weft.client import leadership
 
     told = as_operator(leadership.rebuild, name="mesh coordinator rebuild")
@@ -95,7 +95,7 @@ def rebuild(output: str) -> None:
 
 
 def _row(one: CoordinatorInfo) -> dict[str, Any]:
-    from weft.cli.operator import age
+    from weft.cli.operate import age
 
     return {
         "coordinator": one.id,

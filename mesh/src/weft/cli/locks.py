@@ -37,7 +37,7 @@ def command() -> None:
 @output_option
 def list_locks(output: str) -> None:
     """List every lock that is held or waited for: by whom, for how long, and who is next."""
-    from weft.cli.operator import as_operator
+    from weft.cli.operate import as_operator
     from weft.client import locks
 
     found, total = as_operator(locks.locks, name="mesh locks")
@@ -67,7 +67,7 @@ def graph(picture: Path | None, *, last: bool, output: str) -> None:
 
     from weft.cli import waitgraph
     from weft.cli.errors import NotFound
-    from weft.cli.operator import as_operator
+    from weft.cli.operate import as_operator
     from weft.client import locks
 
     async def work(broker: Broker) -> tuple[WaitGraph, tuple[LockInfo, ...]]:
@@ -109,7 +109,7 @@ def graph(picture: Path | None, *, last: bool, output: str) -> None:
 @output_option
 def release(name: str, reason: str, *, task: str, output: str) -> None:
     """Take lock NAME from who holds it. What they still do under it is refused by its old token."""
-    from weft.cli.operator import as_operator, short
+    from weft.cli.operate import as_operator, short
     from weft.client import locks
 
     if not reason.strip():
@@ -131,7 +131,7 @@ def release(name: str, reason: str, *, task: str, output: str) -> None:
 def _holder(held: dict[str, LockInfo], name: str, task: str) -> str:
     """Id of the holder whose id begins so, empty for all; NotFound says what is held instead."""
     from weft.cli.errors import NotFound
-    from weft.cli.operator import short
+    from weft.cli.operate import short
     from weft.core.config import did_you_mean
 
     lock = held.get(name)
@@ -163,7 +163,7 @@ def _draw(found: WaitGraph, known: tuple[LockInfo, ...], picture: Path, printer:
 
 def _row(lock: LockInfo) -> dict[str, Any]:
     """A lock as a line of the table."""
-    from weft.cli.operator import age, short
+    from weft.cli.operate import age, short
 
     first, following = next(iter(lock.holders), None), next(iter(lock.waiters), None)
     return {

@@ -44,6 +44,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "locks": ("weft.cli.locks", "List locks and who waits for whom; take one away."),
         "incidents": ("weft.cli.incidents", "List what is wrong, why, and what to run next."),
         "dlq": ("weft.cli.dlq", "Inspect, redrive and discard dead letters."),
+        "policy": ("weft.cli.policy", "Check, test, load and compare policies; ask what they say."),
         "health": ("weft.cli.health", "Check broker, coordinator and agents."),
         "doctor": ("weft.cli.doctor", "Check this machine and this project."),
     },

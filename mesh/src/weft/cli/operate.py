@@ -1,4 +1,4 @@
-"""What the operator's commands have in common: a connection of the operator, a group with a default, times."""
+"""What the operator's commands have in common: a connection, a group with a default, how times and tasks are shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from weft.core.broker import Broker
 
 T = TypeVar("T")
+SHORT: Final = 8
+"""Characters of a task's id that tell it from the others for people."""
 
 
 class ListingGroup(click.Group):
@@ -31,7 +33,7 @@ class ListingGroup(click.Group):
 
 
 def as_operator(work: Callable[[Broker], Awaitable[T]], *, name: str) -> T:
-    """Run `work` with a connection of the operator."""
+    """Run `work` with a connection of the operator, called `name` in the broker's lists."""
     from weft.core.broker import Broker
     from weft.core.config import load_settings
     from weft_protocols.subjects import OPERATOR
@@ -44,6 +46,18 @@ def as_operator(work: Callable[[Broker], Awaitable[T]], *, name: str) -> T:
             await broker.close()
 
     return asyncio.run(connected())
+
+
+def age(milliseconds: int, now: float | None = None) -> float | None:
+    """Seconds since a time in unix milliseconds; None for 0."""
+    if not milliseconds:
+        return None
+    return round(max(0.0, (time.time() if now is None else now) - milliseconds / 1000), 3)
+
+
+def short(task: str) -> str:
+    """A task's id for people."""
+    return task[:SHORT]
 
 
 class Since(click.ParamType):  # type: ignore[type-arg]
@@ -83,4 +97,4 @@ def sure(question: str, *, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-__all__ = ["ListingGroup", "Since", "as_operator", "sure"]
+__all__ = ["SHORT", "ListingGroup", "Since", "age", "as_operator", "short", "sure"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from weft.cli.operator import age, short
+from weft.cli.operate import age, short
 from weft.cli.output import Column, ago, rfc3339
 from weft.client.trees import Tree, TreeNode
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from weft.cli.drawing import Arrow, Box
-from weft.cli.operator import age, short
+from weft.cli.operate import age, short
 from weft.cli.output import ago
 from weft.client.locks import Deadlock, Edge, LockInfo, WaitGraph
 

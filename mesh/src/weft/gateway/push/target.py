@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import ipaddress
 import socket
 import ssl
 import time
@@ -23,6 +22,10 @@ from urllib.parse import urlsplit
 import httpcore
 import httpx
 
+from weft.policy import egress
+from weft.policy.egress import Refused as Refused
+from weft.policy.egress import is_public as is_public
+
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 """The addresses of a host; OSError if it has none."""
 
@@ -35,20 +38,6 @@ LOOKUPS: Final = 8
 """Names that are resolved at a time."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds of a `Retry-After` that are heeded at most."""
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-
-
-class Refused(Exception):
-    """A target this mesh does not call.
-
-    Args:
-        message: Why.
-        final: Whether the URL alone says so, so that trying again cannot help.
-    """
-
-    def __init__(self, message: str, *, final: bool) -> None:
-        super().__init__(message)
-        self.final = final
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +53,6 @@ class Answer:
     """Seconds the receiver asked to be left alone."""
 
 
-def is_public(address: str) -> bool:
-    """Whether an address is a public unicast one, also where an IPv4 address hides in an IPv6 one."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(found, ipaddress.IPv6Address):
-        if found in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
-        if found.ipv4_mapped is not None:
-            return is_public(str(found.ipv4_mapped))
-        if found.sixtofour is not None or found.teredo is not None:
-            return False
-    return found.is_global and not (
-        found.is_private
-        or found.is_loopback
-        or found.is_link_local
-        or found.is_multicast
-        or found.is_reserved
-        or found.is_unspecified
-    )
-
-
 def check_url(url: str, *, allow_private: bool) -> str:
     """The host of a webhook's URL. Refused if the URL alone shows that it is not to be called."""
     parts = urlsplit(url)
@@ -97,17 +63,9 @@ def check_url(url: str, *, allow_private: bool) -> str:
         return host
     if parts.scheme != "https":
         raise Refused("the URL is not https, and this mesh pushes only over TLS (push.allow_private)", final=True)
-    if _is_address(host) and not is_public(host):
+    if egress.address(host) is not None and not is_public(host):
         raise Refused(f"{host} is not a public address (push.allow_private)", final=True)
     return host
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 class SystemResolver:

@@ -1,0 +1,281 @@
+"""Policies in the broker: every version with who loaded it and why, which one decides, and which one only watches."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgpack
+
+from weft.core.latest import Follower, Latest
+from weft.policy.active import ActivePolicy
+from weft.policy.bundle import Bundle, running
+from weft.policy.catalog import Catalog
+from weft_protocols.errors import ApiError, Backpressure, Conflict, InvalidConfig, PolicyNotFound, TooLarge
+from weft_protocols.resources import (
+    POLICY,
+    POLICY_CHANGES,
+    POLICY_SEEN,
+    POLICY_STATE,
+    POLICY_VERSIONS,
+    RATES,
+    REGISTRY,
+    TOOL_PINS,
+    TOOL_SERVERS,
+    TOOLS,
+)
+
+if TYPE_CHECKING:
+    from weft.core.broker import Broker
+
+log = logging.getLogger("weft.policy")
+
+ACTIVE: Final = "active"
+SHADOW: Final = "shadow"
+TRIES: Final = 8
+SMALLEST_ROOM: Final = 4096
+"""Bytes of a message that are left for what is around a policy."""
+_NO_MESSAGE: Final = 10037
+_NO_STREAM: Final = 10059
+_LARGEST_PIN: Final = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One stored policy."""
+
+    number: int
+    digest: str
+    author: str
+    note: str
+    at: float
+    """Unix seconds."""
+    rules: int
+    bundle: Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Which version decides, or watches, and since when."""
+
+    version: int
+    """0 for none."""
+    by: str = ""
+    note: str = ""
+    at: float = 0.0
+    how: str = ""
+    """`load`, `rollback`, `shadow` or `stop`."""
+
+    def encode(self) -> bytes:
+        """As it is stored."""
+        raw = {"version": self.version, "by": self.by, "note": self.note, "at": self.at, "how": self.how}
+        return json.dumps(raw).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Pointer:
+        """As it was stored. Raises InvalidConfig if it is none."""
+        try:
+            raw = json.loads(data)
+            version, at = int(raw["version"]), float(raw["at"])
+            return cls(version, str(raw["by"]), str(raw["note"]), at, str(raw["how"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidConfig(f"which policy holds cannot be read: {error}") from None
+
+
+class PolicyStore:
+    """The policies of a mesh, over a connection of account MESH."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._versions = Latest(broker, POLICY, POLICY_VERSIONS)
+        self._state = Latest(broker, POLICY, POLICY_STATE)
+        self._seen = Latest(broker, RATES, POLICY_SEEN)
+
+    async def versions(self) -> list[Version]:
+        """Every version, the oldest first."""
+        found = await self._versions.all()
+        return sorted((_version(int(key), one.data) for key, one in found.items()), key=lambda one: one.number)
+
+    async def version(self, number: int) -> Version:
+        """One version. Raises PolicyNotFound."""
+        found = await self._versions.get(str(number)) if number > 0 else None
+        if found is None:
+            raise PolicyNotFound(f"there is no policy of version {number}; `mesh policy list` shows which there are")
+        return _version(number, found.data)
+
+    async def store(self, bundle: Bundle, *, author: str, note: str = "", rules: int = 0) -> Version:
+        """Keep a policy under the next number; one that is kept already, under its own.
+
+        Raises TooLarge for one that does not fit a message.
+        """
+        data = bundle.encode()
+        room = self._broker.max_payload - SMALLEST_ROOM
+        if len(data) > room:
+            raise TooLarge(f"the policy has {len(data)} bytes compressed; {room} fit")
+        made = {"digest": bundle.digest, "author": author, "note": note, "at": time.time(), "rules": rules}
+        for _ in range(TRIES):
+            known = await self.versions()
+            if (same := next((one for one in known if one.digest == bundle.digest), None)) is not None:
+                return same
+            number = known[-1].number + 1 if known else 1
+            packed: bytes = msgpack.packb({**made, "bundle": data})
+            try:
+                await self._versions.put(str(number), packed, after=0)
+            except Conflict:
+                continue
+            return _version(number, packed)
+        raise Backpressure("others store policies as well; try again")
+
+    async def pointer(self, what: str = ACTIVE) -> Pointer:
+        """Which version decides, or with `SHADOW` watches."""
+        found = await self._state.get(what)
+        return Pointer.decode(found.data) if found is not None else Pointer(0)
+
+    async def point(self, version: int, *, by: str, how: str, note: str = "", what: str = ACTIVE) -> Pointer:
+        """Have a version decide, or watch, from now on: on every sidecar. Raises PolicyNotFound; 0 is for none."""
+        if version:
+            await self.version(version)
+        made = Pointer(version, by, note, time.time(), how)
+        await self._state.put(what, made.encode())
+        return made
+
+    async def history(self, what: str = ACTIVE) -> list[Pointer]:
+        """Everything that decided, the oldest first."""
+        found: list[Pointer] = []
+        after = 1
+        while True:
+            body = {"seq": after, "next_by_subj": f"{POLICY_STATE}.{what}"}
+            try:
+                message = (await self._broker.api(f"STREAM.MSG.GET.{POLICY}", body))["message"]
+            except ApiError as error:
+                if error.err_code == _NO_MESSAGE:
+                    return found
+                raise
+            found.append(Pointer.decode(base64.b64decode(message.get("data", ""))))
+            after = int(message["seq"]) + 1
+
+    async def seen(self) -> list[dict[str, Any]]:
+        """What every sidecar saw the version in shadow mode decide otherwise."""
+        return [json.loads(one.data) for one in (await self._seen.all()).values()]
+
+    async def tell(self, replica: str, seen: dict[str, Any]) -> None:
+        """Keep what one sidecar saw."""
+        await self._seen.put(replica, json.dumps({"replica": replica, "at": time.time(), **seen}).encode())
+
+
+def _version(number: int, data: bytes) -> Version:
+    try:
+        raw = msgpack.unpackb(data)
+        bundle = Bundle.decode(raw["bundle"])
+        return Version(number, raw["digest"], raw["author"], raw["note"], raw["at"], raw["rules"], bundle)
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise InvalidConfig(f"version {number} of the policy cannot be read: {error}") from None
+
+
+async def registered(broker: Broker) -> Catalog:
+    """The definitions that are approved of every registered tool server."""
+    try:
+        servers = await Latest(broker, TOOLS, TOOL_SERVERS).all()
+        found = await Latest(broker, TOOLS, TOOL_PINS).all()
+    except ApiError as error:
+        if error.err_code == _NO_STREAM:
+            return Catalog()
+        raise
+    definitions: dict[str, list[tuple[str, Any]]] = {server: [] for server in servers}
+    for server, record in found.items():
+        try:
+            items = json.loads(zlib.decompressobj().decompress(record.data, _LARGEST_PIN))["items"]
+            definitions[server] = [(key.partition(":")[0], one) for key, one in items.items()]
+        except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("what is approved of %s cannot be read: %s", server, error)
+    return Catalog.of(definitions)
+
+
+async def known_agents(broker: Broker) -> frozenset[str]:
+    """Names of the agents that are registered."""
+    prefix = "mesh.registry."
+    info = await broker.api(f"STREAM.INFO.{REGISTRY}", {"subjects_filter": f"{prefix}*"})
+    return frozenset(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+
+
+class PolicyFollower:
+    """Keeps an `ActivePolicy` at what is stored, and tells what the version in shadow mode would have done.
+
+    A sidecar that cannot reach the broker goes on with what it had; one that starts without it allows nothing.
+
+    Args:
+        broker: a connection of account MESH.
+        policy: what decides.
+        catalog: the definitions that are approved now.
+        replica: a name of this process, a token of subjects.
+    """
+
+    def __init__(self, broker: Broker, policy: ActivePolicy, catalog: Callable[[], Catalog], *, replica: str) -> None:
+        self._store = PolicyStore(broker)
+        self._policy = policy
+        self._catalog = catalog
+        self._replica = replica
+        self._follower = Follower(broker, POLICY_CHANGES, self._look)
+        self._used: tuple[int, int] = (0, 0)
+        self._bundles: dict[int, Bundle] = {}
+        self._told: tuple[int, int] = (0, 0)
+        self._compiling = asyncio.Lock()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Follow until cancelled; `ready` is called once what is stored decides."""
+        await self._follower.run(ready)
+
+    async def recompile(self) -> None:
+        """Take new definitions over. For whoever learns that what is approved has changed."""
+        async with self._compiling:
+            await self._use(*self._used)
+
+    async def _look(self) -> None:
+        active = (await self._store.pointer(ACTIVE)).version
+        shadow = (await self._store.pointer(SHADOW)).version
+        async with self._compiling:
+            if (active, shadow) != self._used:
+                kept = {}
+                for number in {active, shadow} - {0}:
+                    kept[number] = self._bundles.get(number) or (await self._store.version(number)).bundle
+                self._bundles = kept
+                await self._use(active, shadow)
+        await self._tell()
+
+    async def _use(self, active: int, shadow: int) -> None:
+        catalog = self._catalog()
+        failure = ""
+        engine = candidate = None
+        if active:
+            try:
+                # Hundreds of rules take a tenth of a second, during which calls go on by the version before.
+                engine = await asyncio.to_thread(running, self._bundles[active], catalog, version=active)
+            except InvalidConfig as error:
+                failure = f"version {active} cannot be used: {error}"
+                log.error("nothing is allowed: policy %s", failure)
+        if shadow:
+            try:
+                candidate = await asyncio.to_thread(running, self._bundles[shadow], catalog, version=shadow)
+            except InvalidConfig as error:
+                log.warning("version %d cannot be watched in shadow mode: %s", shadow, error)
+        self._policy.use(engine, candidate, failure=failure)
+        if (active, shadow) != self._used:
+            log.info("policy version %d decides%s", active, f", {shadow} watches" if shadow else "")
+        self._used = (active, shadow)
+
+    async def _tell(self) -> None:
+        seen = self._policy.differences
+        state = (seen.version, seen.decided)
+        if seen.version and state != self._told:
+            await self._store.tell(self._replica, seen.encode())
+            self._told = state
+
+
+__all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "known_agents", "registered"]
