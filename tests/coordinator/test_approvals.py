@@ -541,8 +541,9 @@ def test_mesh_yaml_says_who_may_decide_as_what() -> None:
     ("text", "words"),
     [
         ("{alice: ops}", "approvers.alice: must be a list, e.g. [finance, ops]"),
-        ("{alice: [fin ance]}", "approvers.alice: name 'fin ance'"),
+        ("{alice: [fin ance]}", "approvers.alice: 'fin ance' is no role"),
         ("{alice: [], Alice: [ops]}", "is the same person as 'alice'"),
+        ("{al ice: []}", "approvers.al ice: name 'al ice'"),
         ("[alice]", "approvers: must be a mapping"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
+from weft.core.approversconf import ROLE
 from weft_coordinator.decide.approvals import STATES, TASK, TOOL, Approval, Bound, Filter, Need
 from weft_coordinator.decide.registry import Fields
 from weft_protocols import subjects
@@ -17,9 +18,9 @@ MAX_TITLE: Final = 500
 """Characters."""
 MAX_DETAILS: Final = 16_384
 """Bytes of JSON."""
-MAX_NEEDS: Final = 8
+MAX_NEEDS: Final = 20
 """Roles."""
-MAX_COUNT: Final = 20
+MAX_COUNT: Final = 99
 """Persons of one role."""
 EXPIRES: Final = 86_400
 """Seconds for which a request is open where it does not say."""
@@ -147,4 +148,4 @@ def _needs(fields: Fields, told: Any) -> tuple[Need, ...]:
 
 
 def _is_role(text: str) -> bool:
-    return not text or bool(subjects.TOKEN.match(text))
+    return not text or bool(ROLE.fullmatch(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -12,6 +13,7 @@ from weft_protocols.subjects import check_token
 if TYPE_CHECKING:
     import yaml
 
+ROLE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _EXAMPLE: Final = "[finance, ops]"
 
 
@@ -48,7 +50,8 @@ def read_approvers(reader: Reader, node: yaml.Node | None) -> dict[str, tuple[st
             role = reader.text(one, where)
             if role is None:
                 continue
-            _check(reader, one, where, role)
+            if not ROLE.fullmatch(role):
+                reader.mistake(one, where, f"{role!r} is no role: use 1 to 64 of A-Z a-z 0-9 _ . -")
             roles.append(role)
         made[name] = tuple(dict.fromkeys(roles))
     return made
