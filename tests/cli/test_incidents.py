@@ -13,7 +13,7 @@ from weft.cli.assess import DEGRADED, OK, assess
 from weft.cli.main import cli
 from weft.cli.observe import Facts
 from weft.core.watchconf import WatchConfig
-from weft_coordinator.decide.watchdog import AgentSeen, Observed, ReplicaSeen, Stall, StreamSeen, findings
+from weft_coordinator.decide.watchdog import AgentSeen, ApprovalSeen, Observed, ReplicaSeen, Stall, StreamSeen, findings
 
 BROKEN = """
 from pathlib import Path
@@ -139,7 +139,7 @@ def suggested() -> list[str]:
     looks = ((0, 100), (10**6, 200), (2 * 10**6, 300))
     seen = (
         AgentSeen((stalled,), looks, 1000, ("a", "b", "c"), (task,), "x"),
-        AgentSeen((lost,), looks, 1000, ("a", "b", "c"), (task,), "x"),
+        AgentSeen((lost,), looks, 1000, ("a", "b", "c"), (task,), "x", (ApprovalSeen("a1b2", task, -(10**9)),)),
     )
     agents = {f"a{n}": one for n, one in enumerate(seen)}
     found = findings(Observed(agents, (StreamSeen("MESH", 99, 100),), "no"), WatchConfig(), 2 * 10**6)

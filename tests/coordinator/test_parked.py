@@ -264,3 +264,19 @@ async def test_without_a_leader_nothing_is_parked(fresh_stage: Stage) -> None:
     sent = replace(await stage.send(agent), task=uuid.uuid4().hex)
     with pytest.raises(Unavailable):
         await coordinator.call(await stage.broker(agent), "park", request(sent, until=2**52), timeout=0.5)
+
+
+def test_half_a_character_is_refused_before_it_can_be_decided() -> None:
+    """Fails if a text that no log takes ends a coordinator's time as the leader."""
+    body = {"task": f"{TASK}1", "caller": "local", "slice": "07", "claim": 1, "until": 1}
+    for name in ("context", "key"):
+        with pytest.raises(InvalidParams, match=f"{name} has half a character"):
+            parse({**body, name: "half \ud800"}, "worker")
+
+
+def test_an_approval_that_is_settled_wakes_and_an_older_log_has_none() -> None:
+    waiting = parked(approvals=("a1", "a2"))
+    assert Parked.of(waiting.event()[1:]) == waiting
+    assert Parked.of(waiting.event()[1:-1]) == replace(waiting, approvals=())
+    assert reason(waiting, lambda agent, task: None, now=1, settled=lambda id_: "") == ""
+    assert reason(waiting, lambda agent, task: None, now=1, settled={"a1": "", "a2": "denied"}.__getitem__) == "denied"

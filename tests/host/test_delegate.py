@@ -318,43 +318,6 @@ async def test_gather_returns_in_order_and_the_first_error_cancels_the_rest(
     assert stored.states == ["working", "working", "canceled"]
 
 
-async def test_a_child_that_an_attempt_dropped_is_another_one_in_the_next(
-    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
-) -> None:
-    """Fails if a task whose branch failed finds the child it cancelled itself, and can never succeed."""
-    child, parent = weft.Agent(unique("child")), weft.Agent(unique("parent"), retry=weft.RetryPolicy(initial=0.01))
-    started: list[str] = []
-    runs = asyncio.Event()
-
-    @child.skill()
-    async def work(task: weft.Task) -> str:
-        started.append(task.id)
-        runs.set()
-        if len(started) < 3:
-            await asyncio.Event().wait()
-        return task.id
-
-    @parent.skill()
-    async def manage(task: weft.Task) -> str:
-        async def fails() -> None:
-            if task.attempt < 3:
-                await runs.wait()
-                runs.clear()
-                raise RuntimeError("bad luck")
-
-        return str((await task.gather(task.delegate(child.name, "go"), fails()))[0].text)
-
-    async with running(mesh, child, parent):
-        async with await caller.submit(parent.name, "go") as handle:
-            view = await handle.result()
-        assert view.state is weft.State.COMPLETED
-        assert len(set(started)) == 3
-        assert view.text == started[-1]
-        await settled(mesh, child.name)
-        ends = [(await StoredTask.read(mesh, child.name, one)).states[-1] for one in started]
-        assert ends == ["canceled", "canceled", "completed"]
-
-
 async def test_an_agent_with_one_slot_can_delegate_to_itself(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique
 ) -> None:

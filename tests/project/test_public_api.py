@@ -13,6 +13,7 @@ PUBLIC_NAMES = [
     "A2AError",
     "Agent",
     "AgentNotFound",
+    "Approval",
     "Artifact",
     "Backpressure",
     "BreakerPolicy",

@@ -155,6 +155,18 @@ SOUND: list[tuple[str, list[Commit]]] = [
         ),
     ),
     (
+        "a request that passes one which waits for it through another queue",
+        early(
+            asked("1", OTHER, "x", taken=True),
+            asked("2", LATER, "x", "z"),
+            asked("3", ROOT, "z"),
+            asked("4", CHILD, "w", "z"),
+            asked("5", OTHER, "w"),
+            granted("3"), freed("3"), granted("5"), freed("5"), freed("1"),
+            granted("2"), freed("2"), granted("4"), freed("4"),
+        ),
+    ),
+    (
         "a deadlock through a child",
         early(
             asked("1", ROOT, "x", taken=True),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weft.client.reads import Page
     from weft.client.watch import Event
     from weft.host.agent import Agent
+    from weft.host.approving import Approval
     from weft.host.breaker import BreakerPolicy
     from weft.host.locking import Lock
     from weft.host.retry import RetryPolicy, StepOptions
@@ -53,6 +54,7 @@ _HOME = {
     "weft.client.reads": ("Page",),
     "weft.client.watch": ("Event",),
     "weft.host.agent": ("Agent",),
+    "weft.host.approving": ("Approval",),
     "weft.host.breaker": ("BreakerPolicy",),
     "weft.host.locking": ("Lock",),
     "weft.host.retry": ("RetryPolicy", "StepOptions"),
@@ -91,6 +93,7 @@ __all__ = [
     "A2AError",
     "Agent",
     "AgentNotFound",
+    "Approval",
     "Artifact",
     "Backpressure",
     "BreakerPolicy",

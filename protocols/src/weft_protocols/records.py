@@ -26,6 +26,8 @@ ROLLBACK_KEY: Final = "_rollback"
 UNDO_KEY: Final = "_undo"
 SNAPSHOT_KEY: Final = "_task"
 TIMER_KEY: Final = "_sleep"
+APPROVAL_KEY: Final = "_approve"
+APPROVING_KEY: Final = "_approving"
 MESSAGE_KEY: Final = "_message"
 
 

@@ -18,7 +18,7 @@ from weft_protocols import subjects
 from weft_protocols.states import State
 
 PARKED: Final = "parked"
-"""[parked, agent, task, caller, context, slice, claim, key, until, [[agent, task, seen]…], need]."""
+"""[parked, agent, task, caller, context, slice, claim, key, until, [[agent, task, seen]…], need, [approval…]]."""
 WOKEN: Final = "woken"
 """[woken, agent, task, claim]: a wake is stored, or the task has ended; the park of this claim or an earlier one."""
 END_OF_TIME: Final = 253_370_764_800_000
@@ -54,6 +54,8 @@ class Parked:
     children: tuple[Child, ...]
     need: int
     """How many of the children must have ended."""
+    approvals: tuple[str, ...] = ()
+    """Approvals it waits for; with any of them it goes on."""
 
     @property
     def id(self) -> tuple[str, str]:
@@ -64,14 +66,15 @@ class Parked:
         """The decision that it is parked."""
         children = [[child.agent, child.task, child.seen] for child in self.children]
         plain = (self.agent, self.task, self.caller, self.context, self.slice, self.claim, self.key, self.until)
-        return (PARKED, *plain, children, self.need)
+        return (PARKED, *plain, children, self.need, list(self.approvals))
 
     @staticmethod
     def of(values: Iterable[Any]) -> Parked:
         """What `event` gave, without its kind."""
-        agent, task, caller, context, slice_, claim, key, until, children, need = values
+        agent, task, caller, context, slice_, claim, key, until, children, need, *more = values
         made = tuple(Child(*child) for child in children)
-        return Parked(agent, task, caller, context, slice_, claim, key, until, made, need)
+        approvals = tuple(more[0]) if more else ()
+        return Parked(agent, task, caller, context, slice_, claim, key, until, made, need, approvals)
 
 
 def parse(body: Mapping[str, Any], agent: str) -> Parked:
@@ -94,9 +97,10 @@ def parse(body: Mapping[str, Any], agent: str) -> Parked:
         min(until, END_OF_TIME),
         _children(fields, body.get("children", [])),
         fields.number("need", default=0),
+        fields.texts("approvals"),
     )
-    if not made.until and not made.children:
-        fields.mistake("until", "or children must be given: nothing else would wake the task")
+    if not made.until and not made.children and not made.approvals:
+        fields.mistake("until", "or children or approvals must be given: nothing else would wake the task")
     fields.check(f"park of {agent}")
     return made
 
@@ -235,13 +239,22 @@ class ParkedTasks:
             heapq.heapify(self._times)
 
 
-def reason(parked: Parked, find: Callable[[str, str], Entry | None], *, now: int) -> str:
+def reason(
+    parked: Parked,
+    find: Callable[[str, str], Entry | None],
+    *,
+    now: int,
+    settled: Callable[[str], str] = lambda id_: "",
+) -> str:
     """Why a task may go on, in words; empty while it waits.
 
     Args:
         find: A child by agent and task, among those that this task's agent sent.
         now: Unix milliseconds.
+        settled: In words what an approval's id came to; empty while nobody has decided.
     """
+    if why := next(filter(None, map(settled, parked.approvals)), ""):
+        return why
     if parked.until and parked.until <= now:
         return "its time has come"
     ended = 0

@@ -232,6 +232,11 @@ def show(record: AgentRecord, presence: Presence, *, now: int, replicas: bool) -
     return shown
 
 
+def storable(value: Any) -> bool:
+    """Whether it is a text that can be stored: JSON can carry halves of characters, which no log takes."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 class Fields:
     """Reads the fields of a JSON object and collects what is wrong with them."""
 
@@ -244,6 +249,9 @@ class Fields:
         value = self._body.get(name, default)
         if not isinstance(value, str) or len(value) > limit or (not value and default is None):
             self.mistake(name, f"must be a text of 1 to {limit} characters")
+            return ""
+        if not storable(value):
+            self.mistake(name, "has half a character in it (a lone surrogate)")
             return ""
         return value
 
@@ -284,7 +292,7 @@ class Fields:
     def texts(self, name: str, *, limit: int = 256) -> tuple[str, ...]:
         """A list of at most `limit` texts; empty if there is none."""
         value = self._body.get(name, [])
-        if not isinstance(value, list) or len(value) > limit or not all(isinstance(one, str) for one in value):
+        if not isinstance(value, list) or len(value) > limit or not all(map(storable, value)):
             self.mistake(name, f"must be a list of at most {limit} texts")
             return ()
         return tuple(value)

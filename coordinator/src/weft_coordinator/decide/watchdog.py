@@ -75,6 +75,17 @@ class ReplicaSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class ApprovalSeen:
+    """An approval that nobody has decided about."""
+
+    id: str
+    task: str
+    """Of whom it holds up; empty for none."""
+    asked: int
+    """Unix milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSeen:
     """An agent."""
 
@@ -89,6 +100,8 @@ class AgentSeen:
     """Tasks with an undecided dead letter within `dead_letters_window`, the newest first."""
     letter: str = ""
     """Reason of the newest."""
+    approvals: tuple[ApprovalSeen, ...] = ()
+    """What waits for a person, the longest first."""
 
     @property
     def ready(self) -> int:
@@ -256,7 +269,24 @@ def _letters(name: str, agent: AgentSeen, limits: WatchConfig, open_: Collection
     )
 
 
-_RULES: Final[tuple[Rule, ...]] = (_stalled, _silent, _retries, _crashes, _backlog, _letters)
+def _approvals(name: str, agent: AgentSeen, limits: WatchConfig, open_: Collection[str], now: int) -> Iterator[Finding]:
+    late = [one for one in agent.approvals if one.asked <= now - limits.approval_within * 1000]
+    if not late:
+        return
+    yield Finding(
+        "approval-waits",
+        name,
+        WARNING,
+        f"{_count(len(late), 'approval')} of {name} undecided",
+        f"approval {late[0].id} has waited for a person for {_ago(now - late[0].asked)}",
+        f"mesh approvals show {late[0].id}",
+        (name,),
+        tuple(one.task for one in late if one.task)[:SHOWN],
+        len(late),
+    )
+
+
+_RULES: Final[tuple[Rule, ...]] = (_stalled, _silent, _retries, _crashes, _backlog, _letters, _approvals)
 
 
 def _full(stream: StreamSeen, limits: WatchConfig, open_: Collection[str]) -> Iterator[Finding]:

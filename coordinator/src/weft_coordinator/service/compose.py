@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from weft.core.broker import Broker
+from weft_coordinator.decide.approvals import Approvals
 from weft_coordinator.decide.found import Deadlocks
 from weft_coordinator.decide.graph import WaitGraph
 from weft_coordinator.decide.incidents import Incidents
@@ -17,6 +18,7 @@ from weft_coordinator.decide.letters import Letters
 from weft_coordinator.decide.locks import Locks
 from weft_coordinator.decide.parked import ParkedTasks
 from weft_coordinator.decide.schedules import Schedules
+from weft_coordinator.service.approvals import ApprovalPart
 from weft_coordinator.service.deadlocks import Detector
 from weft_coordinator.service.deciding import Shared, Speaker
 from weft_coordinator.service.due import DuePart
@@ -54,6 +56,7 @@ class States:
     deadlocks: Deadlocks = field(default_factory=Deadlocks)
     letters: Letters = field(default_factory=Letters)
     incidents: Incidents = field(default_factory=Incidents)
+    approvals: Approvals = field(default_factory=Approvals)
 
     @property
     def ledgers(self) -> Sequence[Ledger]:
@@ -66,6 +69,7 @@ class States:
             self.deadlocks,
             self.letters,
             self.incidents,
+            self.approvals,
         )
 
 
@@ -90,18 +94,41 @@ class Ground:
 
 def make_parts(ground: Ground, states: States) -> tuple[Part, ...]:
     """Every part. The first one that has an operation answers it."""
+    waking = _waking(ground, states)
+    approvals = _approvals(ground, states, waking)
     return (
         ground.operations,
         Routes(ground.store, ground.operations.presence, clock=ground.clock, random=random.random),
         Trees(ground.projection, ground.tail),
-        *_waits(ground, states),
-        *_locks(ground, states),
-        *_watch(ground, states),
+        approvals,
+        *_waits(ground, states, waking),
+        *_locks(ground, states, approvals),
+        *_watch(ground, states, approvals),
     )
 
 
-def _waits(ground: Ground, states: States) -> tuple[Part, ...]:
-    waking = Waking(
+def _approvals(ground: Ground, states: States, waking: Waking) -> ApprovalPart:
+    def replicas(agent: str) -> Collection[str]:
+        record = ground.store.get(agent)
+        return record.replicas.keys() if record is not None else ()
+
+    part = ApprovalPart(
+        states.approvals,
+        index=ground.index,
+        tail=ground.tail,
+        leader=ground.leader,
+        local=ground.local,
+        speaker=Speaker(ground.broker.send),
+        clock=ground.clock,
+        told=(replicas, waking.look),
+    )
+    waking.settled = part.settled
+    ground.tail.on_change(part.changed)
+    return part
+
+
+def _waking(ground: Ground, states: States) -> Waking:
+    return Waking(
         ground.broker,
         index=ground.index,
         tail=ground.tail,
@@ -109,12 +136,15 @@ def _waits(ground: Ground, states: States) -> tuple[Part, ...]:
         leader=ground.leader,
         clock=ground.clock,
     )
+
+
+def _waits(ground: Ground, states: States, waking: Waking) -> tuple[Part, ...]:
     scheduling = Scheduling(ground.broker, local=ground.local, ledger=states.schedules, leader=ground.leader)
     turning = Turning(ground.broker, index=ground.index, tail=ground.tail, clock=ground.clock)
     return waking, turning, scheduling, DuePart(ground.broker, {TIMER: waking.due, CRON: scheduling.due})
 
 
-def _locks(ground: Ground, states: States) -> tuple[Part, ...]:
+def _locks(ground: Ground, states: States, approvals: ApprovalPart) -> tuple[Part, ...]:
     shared = Shared(
         leader=ground.leader,
         locks=states.locks,
@@ -130,12 +160,13 @@ def _locks(ground: Ground, states: States) -> tuple[Part, ...]:
         parked=states.parked,
         policy=ground.settings.victim,
     )
+    detector.outside = approvals.edges
     locks = LockPart(shared, detector)
     ground.tail.on_change(locks.changed)
     return detector, locks
 
 
-def _watch(ground: Ground, states: States) -> tuple[Part, ...]:
+def _watch(ground: Ground, states: States, approvals: ApprovalPart) -> tuple[Part, ...]:
     records = LetterReader(ground.tasks)
     dead = DeadLetters(
         ground.broker,
@@ -152,6 +183,7 @@ def _watch(ground: Ground, states: States) -> tuple[Part, ...]:
         store=ground.store,
         presence=ground.operations.presence,
         letters=(dead, records),
+        approvals=approvals.seen,
     )
     watchdog = Watchdog(
         observer,

@@ -104,6 +104,8 @@ class Detector(Part):
         policy: Policy = "youngest",
     ) -> None:
         self.graph = graph
+        self.outside: Callable[[], Iterable[tuple[str, CycleEdge]]] = lambda: ()
+        """Waits that are shown and never block: for somebody outside the mesh."""
         self._parked = parked
         parked.follow = self._on_parked
         self._leader = shared.leader
@@ -460,9 +462,11 @@ class Detector(Part):
         edges: list[dict[str, Any]] = []
         # Those that wait for locks first: circles go through them.
         tasks = dict.fromkeys(request.task for request in self._locks.waiting())
-        for wait, edge in itertools.islice(itertools.chain(self.graph.edges(tasks), self._others(tasks)), limit):
+        shown = itertools.chain(self.graph.edges(tasks), self._others(tasks), self.outside())
+        for wait, edge in itertools.islice(shown, limit):
             nodes[edge.task] = edge.agent
-            nodes.setdefault(edge.holder, "")
+            if edge.holder != wait:  # a task, and not the wait itself
+                nodes.setdefault(edge.holder, "")
             held = edge.kind != "lock" or any(r.task == edge.holder for r in self._locks.view(edge.target)[0])
             edges.append({"wait": wait, **asdict(edge), "held": held})
         for task in [task for task, agent in nodes.items() if not agent]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from weft.core.watchconf import WatchConfig
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.decide.presence import Presence
 from weft_coordinator.decide.registry import AgentRecord, Replica
-from weft_coordinator.decide.watchdog import SILENT, AgentSeen, History, Observed, ReplicaSeen
+from weft_coordinator.decide.watchdog import SILENT, AgentSeen, ApprovalSeen, History, Observed, ReplicaSeen
 from weft_coordinator.service.letters import DeadLetters
 from weft_coordinator.shell.letters import LetterReader
 from weft_coordinator.shell.registry import RegistryStore
@@ -29,6 +29,7 @@ class Observer:
 
     Args:
         letters: What was decided about dead letters, and their records.
+        approvals: What waits for persons, by agent.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Observer:
         store: RegistryStore,
         presence: Presence,
         letters: tuple[DeadLetters, LetterReader],
+        approvals: Callable[[], Mapping[str, tuple[ApprovalSeen, ...]]],
     ) -> None:
         self._broker = broker
         self._index = index
         self._store = store
         self._presence = presence
         self._letters, self._records = letters
+        self._approvals = approvals
         self.begin(WatchConfig())
 
     def begin(self, limits: WatchConfig) -> None:
@@ -69,8 +72,9 @@ class Observer:
         history.retried(self._index.retries, now)
         letters = self._letters.undecided(now - int(limits.dead_letters_window * 1000))
         silent = await self._silent(now)
+        approvals = self._approvals()
         seen: dict[str, AgentSeen] = {}
-        for agent in {*queues, *records, *letters, *silent}:
+        for agent in {*queues, *records, *letters, *silent, *approvals}:
             replicas = self._replicas(agent, records.get(agent), now)
             alive = [name for name, one in replicas.items() if one.state not in SILENT]
             pending, given = queues.get(agent, (0, 0))
@@ -87,6 +91,7 @@ class Observer:
                 history.crashed(agent),
                 tuple(entry.task for entry in dead),
                 await self._reason(dead),
+                approvals.get(agent, ()),
             )
         return Observed(seen, await self._broker.streams(), alerts, already)
 

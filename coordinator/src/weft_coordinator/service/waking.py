@@ -70,6 +70,8 @@ class Waking(Part):
         self._room = asyncio.Semaphore(AT_ONCE)
         self._waking: set[tuple[str, str]] = set()
         self._hints = Hints(broker, tail, concerns=lambda agent, task: bool(ledger.parents(agent, task)))
+        self.settled: Callable[[str], str] = lambda id_: "it cannot be known here"
+        """Why a task that waits for an approval may go on, by the approval's id; empty while it may not."""
         self._new = True
         """Whether nothing was looked at since this coordinator began to lead."""
         tail.on_change(self._changed)
@@ -178,6 +180,12 @@ class Waking(Part):
 
     # Waking ------------------------------------------------------------------------------------
 
+    def look(self, agent: str, task: str) -> None:
+        """Something happened that a task may wait for."""
+        parked = self._ledger.get(agent, task) if self._leader.leading else None
+        if parked is not None:
+            self._look(parked)
+
     def _look(self, parked: Parked) -> None:
         """Wake a task if it may go on."""
         if parked.id in self._waking:
@@ -186,7 +194,12 @@ class Waking(Part):
         if own is not None and own.ended:
             self._tasks.start(self._forget(parked))
             return
-        why = rules.reason(parked, lambda agent, task: self._child(parked, agent, task), now=self._clock())
+        why = rules.reason(
+            parked,
+            lambda agent, task: self._child(parked, agent, task),
+            settled=self.settled,
+            now=self._clock(),
+        )
         if why:
             self._waking.add(parked.id)
             self._tasks.start(self._try(parked, why), name=f"wake of {parked.task}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -90,6 +91,15 @@ class LocalMesh:
             log.warning("mesh.yaml is not read: %s", error)
             return WatchConfig(), ()
         return read.watchdog, read.alerts
+
+    def approvers(self) -> Mapping[str, tuple[str, ...]] | None:
+        """Roles of each person who may decide about approvals; None where `mesh.yaml` names none or is not here.
+
+        Raises InvalidConfig while it has a mistake.
+        """
+        if self._config is None or not self._config.is_file():
+            return None
+        return load_mesh_config(self._config).approvers or None
 
     async def add(self, name: str, kind: str) -> None:
         """Let an agent or a caller connect.

@@ -58,7 +58,7 @@ def list_locks(output: str) -> None:
 @click.option("--last", is_flag=True, help="The last deadlock that was broken, instead of what waits now.")
 @output_option
 def graph(picture: Path | None, *, last: bool, output: str) -> None:
-    """Show who waits for whom: for a lock, a child, or the turn in a conversation.
+    """Show who waits for whom: for a lock, a child, the turn in a conversation, or a person's approval.
 
     Tasks that wait for each other are marked as a circle. The coordinator breaks one as soon as it closes, so one
     that is shown either is being broken or may still come loose by itself. Below are the last that were broken.

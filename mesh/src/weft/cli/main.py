@@ -40,6 +40,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "logs": ("weft.cli.logs", "Print what the processes wrote."),
         "restart": ("weft.cli.restart", "Restart a process or, one by one, an agent's replicas."),
         "scale": ("weft.cli.scale", "Set an agent's number of replicas."),
+        "approvals": ("weft.cli.approvals", "List what waits for a person; approve or deny it."),
         "locks": ("weft.cli.locks", "List locks and who waits for whom; take one away."),
         "incidents": ("weft.cli.incidents", "List what is wrong, why, and what to run next."),
         "dlq": ("weft.cli.dlq", "Inspect, redrive and discard dead letters."),

@@ -11,6 +11,8 @@ from weft.cli.output import ago
 from weft.client.locks import Deadlock, Edge, LockInfo, WaitGraph
 
 KINDS: Final = {"lock": "for lock", "child": "for its child", "order": "for its turn after"}
+APPROVAL: Final = "approval"
+"""Kind of a wait for a person: it is never part of a circle."""
 
 
 def circles(graph: WaitGraph) -> list[list[Edge]]:
@@ -109,6 +111,8 @@ def _what(graph: WaitGraph, edge: Edge) -> str:
     kind = KINDS.get(edge.kind, f"for {edge.kind}")
     if edge.kind == "lock":
         return f"{kind} {edge.target}, {'held by' if edge.held else 'behind'} {name(graph, edge.holder)}"
+    if edge.kind == APPROVAL:
+        return f"for approval {edge.target}"
     return f"{kind} {name(graph, edge.holder)}"
 
 
@@ -145,6 +149,9 @@ def picture(graph: WaitGraph, locks: Sequence[LockInfo] = ()) -> tuple[list[Box]
             arrow(start, middle, "waits", is_hot=edge in hot)
             if edge.held or edge in hot:
                 arrow(middle, task(edge.holder), "held by" if edge.held else "behind", is_hot=edge in hot)
+        elif edge.kind == APPROVAL:
+            boxes.setdefault(edge.target, Box(edge.target, "a person", f"approval {short(edge.target)}", kind="lock"))
+            arrow(start, edge.target, "waits", is_hot=False)
         else:
             arrow(start, task(edge.holder), KINDS.get(edge.kind, edge.kind).removeprefix("for "), is_hot=edge in hot)
     for one in locks:

@@ -66,9 +66,9 @@ class Edge:
     agent: str
     task: str
     kind: str
-    """`lock`, `child` or `order`."""
+    """`lock`, `child`, `order` or `approval`."""
     target: str
-    """Name of the lock, else the id of the task waited for."""
+    """Name of the lock, id of the approval, else the id of the task waited for."""
     holder: str
     """Id of the task that holds it, or that is waited for."""
     held: bool = True
@@ -131,7 +131,8 @@ class WaitGraph:
         agents = {str(one["task"]): str(one.get("agent", "")) for one in told.get("nodes") or ()}
         for edge in edges:
             agents[edge.task] = edge.agent or agents.get(edge.task, "")
-            agents.setdefault(edge.holder, "")
+            if edge.kind != "approval":  # nobody holds that: a person has to say something
+                agents.setdefault(edge.holder, "")
         found = told.get("deadlocks") or {}
         last = tuple(Deadlock.of(one) for one in found.get("last") or ())
         waiting = int(told.get("waiting", len({edge.task for edge in edges})))

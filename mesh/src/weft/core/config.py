@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from weft.core.approversconf import read_approvers
 from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
@@ -192,6 +193,8 @@ class MeshConfig:
     tools: Mapping[str, ToolServer] = field(default_factory=dict)
     """Tool servers that stand in the file; `mesh tools add` registers others."""
     sidecar: SidecarConfig = field(default_factory=SidecarConfig)
+    approvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Roles of each person who may decide about approvals."""
 
 
 def load_mesh_config(path: Path) -> MeshConfig:
@@ -229,7 +232,7 @@ class _Reader(YamlReader):
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
         known = (
             "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
-            "alerts", "tools", "sidecar",
+            "alerts", "tools", "sidecar", "approvers",
         )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
@@ -250,6 +253,7 @@ class _Reader(YamlReader):
             coordinator=read_coordinator(self, fields.get("coordinator")),
             tools=read_tools(self, fields.get("tools"), folder=folder),
             sidecar=read_sidecar(self, fields.get("sidecar")),
+            approvers=read_approvers(self, fields.get("approvers")),
         )
 
     def _broker(self, node: yaml.Node | None) -> BrokerConfig:

@@ -56,6 +56,8 @@ class WatchConfig:
     """Time for which a replica that owns tasks may be silent."""
     lost_after: float = 120.0
     """Time after which its tasks should have been taken over; later the incident is critical."""
+    approval_within: float = 3600.0
+    """Time in which somebody should decide about an approval."""
     stream_percent: int = 90
     """Part of a stream's limit, in percent, from which on it is nearly full."""
     alerts_window: float = 10.0

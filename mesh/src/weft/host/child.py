@@ -6,8 +6,9 @@ All of it can be done again by a later attempt: the child's id is derived, the c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,6 +41,8 @@ from weft_protocols.parts import Part, TaskView
 from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
+LEFT: Final = "its parent does not wait for it any more"
+"""Why a child is cancelled."""
 PATIENCE: Final = 5.0
 """Seconds a child has beyond its deadline for its host's own word on it."""
 ASKED_BY: Final = "weft.asked_by"
@@ -125,7 +128,7 @@ class Delegation:
         """Send a child and follow it to where it stops."""
         run, order = self._run, self._order
         left = self._time_left()
-        message_id, child_id = self._identity(agent)
+        message_id, child_id = await self._identity(agent)
         headers = self._headers(agent, known=child_id in run.children)
         child = run.children.get(child_id)
         if child is None:
@@ -138,7 +141,7 @@ class Delegation:
         except (asyncio.CancelledError, DeadlockError):
             self._choice.nothing_learned(agent)
             if run.stop is None:
-                await run.leave_child(child_id, "its parent does not wait for it any more")
+                await run.leave_child(child_id, LEFT)
             raise
         except DeadlineExceeded:
             self._choice.learned(agent, failed=True)
@@ -152,17 +155,18 @@ class Delegation:
         child.done = view.state.terminal
         return view, task
 
-    def _identity(self, agent: str) -> tuple[str, str]:
-        """messageId and task id of the child: the same on every attempt that waits for it."""
-        run, key = self._run, self._order.key
-        number = 0
-        while True:
-            message_id = ids.child_message_id(run.task_id, f"{key} again {number}" if number else key)
-            child_id = ids.task_id(run.mesh.caller, agent, message_id)
+    async def _identity(self, agent: str) -> tuple[str, str]:
+        """messageId and task id of the child: the same on every attempt that waits for it.
+
+        Those before it, which were left, are told so again: who left them may have had no time to.
+        """
+        run = self._run
+        for message_id, child_id in candidates(run, agent, self._order.key):
             known = run.children.get(child_id)
             if known is None or not known.left:
                 return message_id, child_id
-            number += 1
+            await run.cancel_child(child_id, LEFT)
+        raise AssertionError("there is always one more")
 
     async def _sent(
         self, agent: str, message_id: str, *, headers: dict[str, str], until: float | None
@@ -252,6 +256,13 @@ class Delegation:
             message.metadata.CopyFrom(answer.metadata)
         with run.waits.working():
             await handle.reply(pb.SendMessageRequest(message=message))
+
+
+def candidates(run: Run, agent: str, key: str) -> Iterator[tuple[str, str]]:
+    """messageId and task id of a delegation's first child, of the one that is sent where that was left, and so on."""
+    for number in itertools.count():
+        message_id = ids.child_message_id(run.task_id, f"{key} again {number}" if number else key)
+        yield message_id, ids.task_id(run.mesh.caller, agent, message_id)
 
 
 def _said(view: TaskView) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
 import msgpack
 
+from weft.host.child import candidates
 from weft.host.run import Run
 from weft_protocols import ids
 from weft_protocols.errors import BrokerError, Fenced, UsageError
@@ -127,7 +129,8 @@ async def _drop(run: Run, item: Awaitable[Any]) -> None:
         for inner in known:
             await _drop(run, inner)
     elif known is not None:
-        message_id = ids.child_message_id(run.task_id, known)
-        for task_id in [task_id for task_id, child in run.children.items() if child.message_id == message_id]:
-            await run.cancel_child(task_id, LOST)
+        first = ids.child_message_id(run.task_id, known)
+        for agent in {child.agent for child in run.children.values() if child.message_id == first}:
+            for _, task_id in itertools.takewhile(lambda one: one[1] in run.children, candidates(run, agent, known)):
+                await run.cancel_child(task_id, LOST)
     close(run, (item,))

@@ -1,8 +1,8 @@
 """Tasks that wait for long leave memory: what has to happen before, and when.
 
 A task that waits for nothing but answers needs nobody: the answer itself wakes it. What waits for a timer, for
-children or for its deadline is woken by the coordinator, so it leaves only once the coordinator has recorded what for.
-Without one it stays, holds no slot, and asks again later.
+children, for an approval or for its deadline is woken by the coordinator, so it leaves only once the coordinator has
+recorded what for. Without one it stays, holds no slot, and asks again later.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def _request(run: Run) -> Mapping[str, Any] | None:
     if run.work.deadline is not None:
         ends.append(run.work.deadline)
     children = _children(run, waits)
-    if not ends and not children:
+    approvals = [target for wait in waits if wait.kind == "approval" for target in wait.targets]
+    if not ends and not children and not approvals:
         return None
     return {
         "task": run.task_id,
@@ -126,6 +127,7 @@ def _request(run: Run) -> Mapping[str, Any] | None:
         "until": int(min(*ends, NEVER) * 1000) if ends else None,
         "children": children,
         "need": _need(waits, len(children)),
+        "approvals": approvals,
     }
 
 

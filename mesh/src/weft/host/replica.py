@@ -21,7 +21,7 @@ from weft.client.mesh import Mesh
 from weft.core.broker import Broker, Delivered
 from weft.core.pull import Delivery, PullLoop
 from weft.core.supervise import Tasks
-from weft.host import execute, takeover
+from weft.host import approving, execute, takeover
 from weft.host.agent import Agent
 from weft.host.circuits import Circuits
 from weft.host.fence import Fence
@@ -98,6 +98,7 @@ class Replica:
         self.controls: dict[str, Callable[[Control, Delivered], None]] = {"turn": self.queue.told}
         """Who takes a control message, by its `op`."""
         self.controls.update(dict.fromkeys(OPS, self.session.on_control))
+        self.controls[approving.OP] = approving.Decisions(self).on_control
         self.threads = Threads(f"weft {agent.name}")
         self._tasks = Tasks(f"replica {self.id}")
         self._jobs = Tasks(f"deliveries of replica {self.id}")

@@ -240,6 +240,8 @@ class Run:
     cancel_sequence: int = 0
     runner: asyncio.Task[Any] | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    decided: dict[str, asyncio.Event] = field(default_factory=dict)
+    """Approvals that are waited for here, or soon will be, by id: set when there may be a decision."""
     force: asyncio.TimerHandle | None = None
     last_progress: float = field(default_factory=time.time)
     steps: dict[str, float] = field(default_factory=dict)

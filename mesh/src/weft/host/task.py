@@ -12,6 +12,7 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.core import blobs
 from weft.host import held, progress, values
+from weft.host.approving import Approving
 from weft.host.delegation import Delegating
 from weft.host.locking import Locking
 from weft.host.retry import ONCE, RetryPolicy
@@ -27,11 +28,11 @@ from weft_protocols.records import StepRecord
 from weft_protocols.states import State
 
 
-class Task(Delegating, Locking, Undoing, Waiting):
+class Task(Approving, Delegating, Locking, Undoing, Waiting):
     """A task, as its handler sees it.
 
-    Steps, children, timers and answers are recorded. When a replica dies, another runs the handler again from
-    the top and every recorded one returns what it returned before; what is not recorded is done again.
+    Steps, children, timers, answers and approvals are recorded. When a replica dies, another runs the handler again
+    from the top and every recorded one returns what it returned before; what is not recorded is done again.
     """
 
     def __init__(self, run: Run) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weft.client.tools import ToolRequest
+from weft.host import approving
 from weft.host.locking import Lock
 from weft.host.run import Run
 from weft_protocols import headers as h
@@ -106,7 +107,8 @@ class Tools:
         """Call `server.tool` with these arguments.
 
         A tool that fails, and a call that the sidecar refuses for a reason an agent can act on, is a result with
-        `is_error`.
+        `is_error`. Where persons have to approve the call first, it waits for them, holding nothing, and is made once
+        they have; if they do not, that is such a refusal as well. The time they take does not count as `timeout`.
 
         Args:
             tool: `server.tool`.
@@ -124,13 +126,20 @@ class Tools:
         server, name = split(tool)
         params: dict[str, Any] = {"name": name, "arguments": arguments}
         meta: dict[str, Any] = {mcp.META_STEP: self._run.journal.own_key(f"{TOOL_KEY} {tool}")}
-        if fence is not None:
-            token = fence.token
-            meta[mcp.META_FENCE] = [{"name": one, "token": token} for one in fence.names]
         if progress is not None:
             meta["progressToken"] = "call"
-        params["_meta"] = meta
-        return ToolResult.of(await self._ask(server, "tools/call", params, timeout=timeout, progress=progress))
+        waited = ""
+        while True:
+            if fence is not None:
+                token = fence.token  # it may be lost while an approval is waited for
+                meta[mcp.META_FENCE] = [{"name": one, "token": token} for one in fence.names]
+            asked = {**params, "_meta": meta}
+            result = ToolResult.of(await self._ask(server, "tools/call", asked, timeout=timeout, progress=progress))
+            approval = _approval(result)
+            if approval in ("", waited):
+                return result
+            await approving.awaited(self._run, approval)
+            waited = approval
 
     async def list(self) -> tuple[Tool, ...]:
         """The tools the task may call, of all servers."""
@@ -184,6 +193,15 @@ class Tools:
             result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
         run.last_progress = time.time()
         return result
+
+
+def _approval(result: ToolResult) -> str:
+    """Id of the approval that a call waits for; empty where it waits for none."""
+    refusal = result.refusal
+    if refusal is None or refusal.get("code") != mcp.PENDING:
+        return ""
+    found = refusal.get("approval")
+    return found if isinstance(found, str) else ""
 
 
 def split(tool: str) -> tuple[str, str]:

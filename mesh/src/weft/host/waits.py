@@ -18,8 +18,8 @@ from typing import Any, Final, Literal, Protocol
 from weft.host import held
 from weft_protocols.errors import CycleEdge, DeadlockError
 
-Kind = Literal["child", "timer", "answer", "lock", "order"]
-PARKABLE: Final = frozenset(("child", "timer", "answer"))
+Kind = Literal["child", "timer", "answer", "approval", "lock", "order"]
+PARKABLE: Final = frozenset(("child", "timer", "answer", "approval"))
 """What a task can wait for while it is not in memory."""
 _NUMBERS = itertools.count(1)
 
@@ -43,7 +43,7 @@ class Wait:
     """Number of the wait; no other of this process has it."""
     kind: Kind
     targets: tuple[str, ...]
-    """Whom it waits for: ids of tasks for `child` and `order`, names for `lock`; nobody in the mesh otherwise."""
+    """Whom it waits for: ids of tasks for `child` and `order`, names for `lock`, the id for `approval`; else nobody."""
     need: int
     """How many of the targets must end; 0 for all."""
     key: str

@@ -299,7 +299,7 @@ class _Replay:
     def _waited_for(self, request: Request, now: float, *, passing: Request) -> set[str]:
         """Tasks that must go on before a request can be granted: holders, who is before it, and their children.
 
-        As it was before `passing` passed it.
+        As it was when `passing` still waited.
         """
         found: set[str] = set()
         requests, left = [request], list[str]()
@@ -309,7 +309,9 @@ class _Replay:
                 blocking = [
                     other.task
                     for other in self.locks.known.values()
-                    if other not in (one, passing) and one.excludes(other) and (other.token or other.asked < one.asked)
+                    if other is not one
+                    and one.excludes(other)
+                    and (other.asked < one.asked or (other.token and other is not passing))
                 ]
                 left += [task for task in blocking if task not in found]
                 continue
