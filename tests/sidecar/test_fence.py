@@ -165,7 +165,13 @@ async def test_a_task_calls_with_its_lock_and_is_refused_once_it_is_lost(
         async with task.lock(name) as lock:
             found["held"] = await call(fence=lock)
             body = {"name": name, "token": lock.token, "agent": agent.name, "task": task.id}
-            others = ({}, {"token": lock.token + 1}, {"task": "other"}, {"agent": "other"}, {"name": "other"})
+            others: tuple[dict[str, Any], ...] = (
+                {},
+                {"token": lock.token + 1},
+                {"task": "other"},
+                {"agent": "other"},
+                {"name": "other"},
+            )
             checks.extend([(await coord.call(operator, "lock-check", body | one))["held"] for one in others])
             async with task.lock(f"other/{task.id}") as other:
                 found["other"] = await call(fence=other)
