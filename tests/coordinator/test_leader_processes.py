@@ -78,7 +78,7 @@ async def test_when_the_leader_is_stopped_in_order_the_standby_leads_at_once(pai
     assert await pair.first.exited() == 0
     began = time.monotonic()
     await pair.second.said(LEADS)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5.0, "the lease would have run out after 20 s"
 
 
 async def test_a_leader_that_stood_still_longer_than_its_lease_writes_nothing_more_and_stands_by(pair: Pair) -> None:

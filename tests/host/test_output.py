@@ -89,7 +89,11 @@ async def test_a_handler_returns_any_plain_value_part_or_model(
             assert tuple(parts) == SEEN.get(which, ()), which
 
 
-@pytest.mark.parametrize("value", [object(), {"at": object()}, math.nan, {1, object()}, lambda: 1], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {"at": object()}, math.nan, {1, object()}, lambda: 1],
+    ids=["object", "object inside", "nan", "set", "function"],
+)
 async def test_a_result_that_cannot_be_carried_fails_the_task_at_once_and_says_why(
     mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, value: Any
 ) -> None:

@@ -261,7 +261,9 @@ def test_keys_are_sorted_by_utf16_and_texts_escaped_as_little_as_possible() -> N
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), 2**53, {1: 2}, "\ud800", {"\ud800": 1}, object(), [[[[[]]]]]], ids=repr
+    "value",
+    [float("nan"), float("inf"), 2**53, {1: 2}, "\ud800", {"\ud800": 1}, object(), [[[[[]]]]]],
+    ids=["nan", "inf", "large", "key", "text", "text as key", "object", "deep"],
 )
 def test_what_has_no_canonical_form_is_an_error(value: Any) -> None:
     with pytest.raises(ValueError):
