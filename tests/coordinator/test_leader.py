@@ -172,15 +172,15 @@ async def test_events_of_another_version_are_numbered_and_left_out(nodes: Nodes)
     assert (other.tally.sums, other.tally.last, other.decided.number) == ({"x": 1}, 3, 3)
 
 
-async def test_a_standby_leads_at_once_when_the_leader_stops(nodes: Nodes) -> None:
+async def test_a_standby_leads_at_once_when_the_leader_stops(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It must hear of it: looking at the lease by itself would come too late.
+    monkeypatch.setattr("weft_coordinator.shell.leader.LOOK", 60.0)
     one, two = await nodes.node("a"), await nodes.node("b")
     await one.add("x", 5)
     with pytest.raises(Unavailable, match="a does"):
         two.leader.submit(lambda now: [])
-    began = time.monotonic()
     await one.leader.stop()
     await eventually(lambda: two.leader.leading)
-    assert time.monotonic() - began < 2.0
     assert await two.add("x") == [4]
     assert two.tally.sums == {"x": 6}
     assert two.leader.epoch == 2
