@@ -140,9 +140,12 @@ async def test_garbage_on_its_output_and_floods_of_errors_do_no_harm(stage: Any,
 async def test_an_endless_line_ends_the_server_not_the_sidecar(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weft.sidecar.stdio.MESSAGE_LIMIT", 2_000_000)
     server = await stage.bad()
+    await stage.do(server, "nothing")
+    before = descriptors()
     with pytest.raises(ToolError, match="2000000 bytes"):
         await stage.do(server, "endless line")
     await eventually(lambda: gone(stage.started(server)[0]))
+    await eventually(lambda: descriptors() <= before - 3)  # of its three pipes none is left open
 
 
 async def test_too_large_a_result_is_refused_and_a_large_one_travels_as_a_blob(
@@ -219,6 +222,21 @@ async def test_what_a_server_left_behind_ends_with_it_even_if_it_ignores_everyth
     assert not gone(child)
     await stage.store.remove(server)
     await eventually(lambda: gone(parent) and gone(child))
+
+
+async def test_a_sidecar_that_stops_waits_for_a_server_that_is_just_being_ended(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.sidecar.stdio.LEAVE", 0.3)
+    monkeypatch.setattr("weft.sidecar.stdio.MESSAGE_LIMIT", 2_000_000)
+    server = await stage.bad("--stubborn")
+    await stage.do(server, "nothing")
+    before = descriptors()
+    with pytest.raises(ToolError, match="2000000 bytes"):
+        await stage.do(server, "endless line")
+    await stage.service.plane.served(server).upstream.aclose()
+    assert gone(stage.started(server)[0])
+    await eventually(lambda: descriptors() <= before - 3)
 
 
 async def test_calls_and_restarts_leak_no_descriptor_and_no_process(stage: Any) -> None:

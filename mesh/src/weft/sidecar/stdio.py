@@ -44,6 +44,8 @@ GARBAGE: Final = 20
 """Lines that are no messages and are logged; later ones are only counted."""
 LEAVE: Final = 2.0
 """Seconds between the end of its input and SIGTERM, and from there to SIGKILL."""
+SWEEP: Final = 10.0
+"""Seconds that a jail has between SIGTERM and SIGKILL: if it is killed before it has swept, processes escape it."""
 _LAUNCH: Final = str(Path(weft.core.__file__).with_name("launch.py"))
 
 
@@ -159,16 +161,18 @@ class StdioLink:
         """See `Link`."""
         process = self._process
         self._end("it was stopped")
-        if process is None or process.returncode is not None:
-            self._kill()
+        if process is None:
             await self._tasks.aclose()
             return
-        if process.stdin is not None:
-            process.stdin.close()
-        await self._gone(process, (None, signal.SIGTERM))
-        self._kill()  # what it left behind in its group
-        await self._tasks.aclose()
-        _close_pipes(process)
+        try:
+            if process.returncode is None:
+                if process.stdin is not None:
+                    process.stdin.close()
+                await self._gone(process, (None, signal.SIGTERM))
+        finally:
+            self._kill()  # what it left behind in its group
+            await self._tasks.aclose()
+            _close_pipes(process)  # one that is no longer read from stays open else
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -283,8 +287,9 @@ class StdioLink:
         for number in (*told, signal.SIGKILL):
             if number is not None:
                 self._kill(number)
+            sweeps = number is signal.SIGTERM and self._command.jailed
             try:
-                async with asyncio.timeout(LEAVE):
+                async with asyncio.timeout(SWEEP if sweeps else LEAVE):
                     await process.wait()
                 return
             except TimeoutError:

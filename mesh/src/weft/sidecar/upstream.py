@@ -196,14 +196,18 @@ class Upstream:
             except TimeoutError:
                 if self.server.transport == "stdio" and not session.busy and _now() - self._used > self.limits.idle:
                     log.info("%s is not used; its process ends", self.server.name)
-                    self._sessions.remove(session)
-                    await session.link.aclose()
+                    await self._put_away(session)
                     return
         if session in self._sessions:
-            self._sessions.remove(session)
             self.restarts += 1
             log.warning("tool server %s: %s", self.server.name, session.link.reason)
+        await self._put_away(session)
+
+    async def _put_away(self, session: Session) -> None:
+        """End a session, which stays among the others until it is gone: `aclose` can then wait for it."""
         await session.link.aclose()
+        if session in self._sessions:
+            self._sessions.remove(session)
 
     @property
     def state(self) -> dict[str, Any]:
