@@ -244,6 +244,18 @@ async def test_a_timer_wakes_a_task_once_and_in_time(stage: Stage) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_time_that_never_comes_does_not_come_at_once(stage: Stage) -> None:
+    agent = stage.agent()
+    broker = await stage.broker(agent)
+    clock = stage._running[0].coordinator.leader._clock
+    never, soon = await stage.send(agent), await stage.send(agent)
+    await coordinator.call(broker, "park", request(never, until=2**52))
+    await coordinator.call(broker, "park", request(soon, until=clock() + 400))
+    await eventually(lambda: wakes(stage, soon))
+    assert await wakes(stage, never) == 0
+
+
+@pytest.mark.anyio
 async def test_a_task_that_was_cancelled_is_not_parked_any_more(stage: Stage) -> None:
     agent = stage.agent()
     broker = await stage.broker(agent)

@@ -21,8 +21,8 @@ PARKED: Final = "parked"
 """[parked, agent, task, caller, context, slice, claim, key, until, [[agent, task, seen]…], need, [approval…]]."""
 WOKEN: Final = "woken"
 """[woken, agent, task, claim]: a wake is stored, or the task has ended; the park of this claim or an earlier one."""
-END_OF_TIME: Final = 253_370_764_800_000
-"""Unix milliseconds of the year 9999, beyond which the broker has no dates."""
+END_OF_TIME: Final = 9_214_646_400_000
+"""Unix milliseconds of the year 2262: the broker counts nanoseconds in 64 bits, and takes what is later for past."""
 MAX_CHILDREN: Final = 10_000
 """Children one task may wait for."""
 
