@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,12 @@ import msgpack
 import pytest
 
 from weft.client import coordinator as coord
+from weft.client.asks import Asks
 from weft.core.broker import Broker, Delivered
 from weft.testing import locklog
 from weft.testing.agents import eventually
 from weft_protocols import subjects
-from weft_protocols.errors import Fenced, InvalidParams, PermissionDenied, Unavailable
+from weft_protocols.errors import Fenced, InvalidParams, PermissionDenied, Unavailable, WeftError
 from weft_protocols.records import Control
 
 if TYPE_CHECKING:
@@ -369,3 +370,51 @@ async def test_the_next_leader_knows_who_holds_and_waits_and_asks_replicas_for_t
     await holder.unlock(one, "kept")
     assert (await eventually(lambda: waiter.ops("lock")))[0]["token"] > token
     assert not locklog.check(await locklog.decided(await fresh_stage.broker("coordinator")))
+
+
+async def test_what_is_asked_together_is_one_message_and_each_part_has_its_own_answer(cast: Cast, stage: Stage) -> None:
+    replica = await cast.replica()
+    sent, other = await stage.send(replica.agent), await stage.send(replica.agent)
+    await replica.lock(sent, "a")
+    before = (await cast.operator("status"))["answered"]
+    asks = Asks(replica.broker, replica.agent)
+    body = {"task": sent.task, "replica": replica.id, "claim": 1, "names": ["a"], "wait": None}
+    async with asyncio.TaskGroup() as group:
+        unlocked = group.create_task(
+            asks.call("unlock", {"task": sent.task, "request": f"{sent.task}-a", "claim": 1}, timeout=5)
+        )
+        locked = group.create_task(asks.call("lock", {**body, "request": f"{sent.task}-b"}, timeout=5))
+        waiting = group.create_task(asks.call("lock", {**body, "task": other.task, "request": "c"}, timeout=5))
+        wrong = group.create_task(_error(asks.call("lock", {**body, "names": 7}, timeout=5)))
+        secret = group.create_task(_error(asks.call("locks", {}, timeout=5)))
+    assert unlocked.result() == {"released": True}
+    assert locked.result()["state"] == "granted"
+    assert isinstance(wrong.result(), InvalidParams)
+    assert waiting.result()["state"] == "waiting"
+    assert isinstance(secret.result(), InvalidParams), "only what is asked often can be asked together"
+    assert (await cast.operator("status"))["answered"] == before + 2  # one answer, and the status before this one
+    await replica.session(held=[])
+
+
+@pytest.mark.parametrize("asks", [None, [], 7, [["unlock", {}]] * 1001])
+async def test_what_is_no_list_of_questions_is_refused(cast: Cast, asks: Any) -> None:
+    replica = await cast.replica()
+    with pytest.raises(InvalidParams, match="asks must be a list"):
+        await replica.call("several", asks=asks)
+
+
+@pytest.mark.parametrize("ask", [["unlock"], ["several", {"asks": []}], [1, {}], "unlock", ["status", {}]])
+async def test_a_part_that_is_no_question_is_refused_and_the_others_answered(cast: Cast, ask: Any) -> None:
+    replica = await cast.replica()
+    session = ["session", {"replica": replica.id, "held": [], "waiting": []}]
+    wrong, right = (await replica.call("several", asks=[ask, session]))["answers"]
+    assert wrong["error"]["type"] == "InvalidParams"
+    assert right["held"] == {}
+
+
+async def _error(asked: Awaitable[Any]) -> BaseException | None:
+    try:
+        await asked
+    except WeftError as error:
+        return error
+    return None

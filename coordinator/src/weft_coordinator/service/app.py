@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered, Subscription
@@ -28,7 +28,7 @@ from weft_coordinator.service.compose import Ground, States, make_parts
 from weft_coordinator.service.gate import Gate
 from weft_coordinator.service.handback import HandBack
 from weft_coordinator.service.operations import Operations, parsed
-from weft_coordinator.service.part import Handler, LeanHandler, Part
+from weft_coordinator.service.part import Answer, Body, Handler, LeanHandler, Part
 from weft_coordinator.service.reads import Reads, Request
 from weft_coordinator.service.settings import Settings
 from weft_coordinator.service.standing import Standing
@@ -53,7 +53,7 @@ from weft_protocols.errors import (
     BrokerError,
     InternalError,
     InvalidConfig,
-    MethodNotFound,
+    InvalidParams,
     Unavailable,
     WeftError,
 )
@@ -66,6 +66,9 @@ QUEUE: Final = "reads"
 """Queue group in which each read is answered by one replica."""
 OPERATIONS_QUEUE: Final = "coord"
 """Queue group of the coordinator's operations, but for signs of life: presence is every replica's own."""
+SEVERAL: Final = "several"
+"""The operation that is several in one message."""
+MOST_ASKS: Final = 1_000
 EVERYWHERE: Final = ("heartbeat", "coordinators")
 """Operations every replica hears."""
 
@@ -185,9 +188,10 @@ class Coordinator:
             log.warning("%d dead letters; see the operation dead-letters", len(self._index.dead))
         coord = GRAMMAR["coord"]
         await self._subscribe(GRAMMAR["rpc"].wildcard, self._on_read, QUEUE)
-        await self._subscribe(coord.wildcard, self._on_operation, OPERATIONS_QUEUE)
-        for operation in EVERYWHERE:
-            await self._subscribe(coord.pattern(operation=operation), self._on_everywhere, "")
+        # Each by its name: a wildcard would have what only the leader answers delivered twice.
+        for operation in self._operations_of_all:
+            queue = "" if operation in EVERYWHERE else OPERATIONS_QUEUE
+            await self._subscribe(coord.pattern(operation=operation), self._on_operation, queue)
         for subject in micro.SUBJECTS:
             await self._subscribe(subject, self._on_micro, micro.QUEUE)
         await self._subscribe(CONNECTED, self.handback.on_connected, "")
@@ -231,13 +235,18 @@ class Coordinator:
 
     @cached_property
     def _lean_operations(self) -> dict[str, LeanHandler]:
-        return {name: handler for part in self._parts for name, handler in part.lean_operations.items()}
+        found = {name: handler for part in self._parts for name, handler in part.lean_operations.items()}
+        return {**found, SEVERAL: self._several}
+
+    @cached_property
+    def _operations_of_all(self) -> dict[str, Handler]:
+        """What any coordinator answers."""
+        return {name: handler for part in self._parts for name, handler in part.operations.items()}
 
     @cached_property
     def _handlers(self) -> dict[str, Handler]:
         """What is answered in a task of its own, by whomever."""
-        everybody = {name: handler for part in self._parts for name, handler in part.operations.items()}
-        return {**everybody, **self._leader_operations}
+        return {**self._operations_of_all, **self._leader_operations}
 
     # Following ---------------------------------------------------------------------------------
 
@@ -378,21 +387,12 @@ class Coordinator:
         self._requests.start(self._micro.answer(message), name=message.subject)
 
     def _on_operation(self, message: Delivered) -> None:
-        operation = message.subject.split(".")[2]
-        if operation in EVERYWHERE:
-            return
-        if operation in self._leader_operations or operation in self._lean_operations:
-            # The leader hears it as well; where there is none, somebody should say so.
-            if not self.leader.leading and not self.leader.term.leader:
-                self._reply(message, *_json_error(Unavailable("no coordinator leads right now; try again")))
-            return
-        self._on_everywhere(message)
+        self._requests.start(self._operate(message), name=message.subject)
 
     def _on_leader_operation(self, message: Delivered) -> None:
         _, _, operation, caller = message.subject.split(".")
-        lean = self._lean_operations.get(operation)
-        if lean is None:
-            self._on_everywhere(message)
+        if operation not in self._lean_operations:
+            self._on_operation(message)
             return
 
         def answer(told: dict[str, Any] | WeftError) -> None:
@@ -400,12 +400,37 @@ class Coordinator:
             self._reply(message, *shown)
 
         try:
-            lean(parsed(message.data), caller, answer)
+            self._lean(operation, parsed(message.data), caller, answer)
         except WeftError as error:
             answer(error)
 
-    def _on_everywhere(self, message: Delivered) -> None:
-        self._requests.start(self._operate(message), name=message.subject)
+    def _lean(self, operation: str, body: Body, caller: str, answer: Answer) -> None:
+        try:
+            self._lean_operations[operation](body, caller, answer)
+        except WeftError as error:
+            answer(error)
+
+    def _several(self, body: Body, caller: str, answer: Answer) -> None:
+        """`{asks: [[operation, body], …]}` to `{answers: [answer or {error}, …]}`, in order, once all are answered."""
+        asks = body.get("asks")
+        if not isinstance(asks, list) or not 0 < len(asks) <= MOST_ASKS:
+            raise InvalidParams(f"asks must be a list of 1 to {MOST_ASKS} [operation, body]")
+        answers: list[dict[str, Any]] = [{}] * len(asks)
+        open_ = len(asks)
+
+        def answered(at: int, told: dict[str, Any] | WeftError) -> None:
+            nonlocal open_
+            answers[at] = _error_body(told) if isinstance(told, WeftError) else told
+            open_ -= 1
+            if not open_:
+                answer({"answers": answers})
+
+        for at, ask in enumerate(asks):
+            match ask:
+                case [str(operation), dict(one)] if operation in self._lean_operations and operation != SEVERAL:
+                    self._lean(operation, one, caller, partial(answered, at))
+                case _:
+                    answered(at, InvalidParams(f"ask {at} is no [operation, body] of an operation that is asked so"))
 
     async def _read(self, message: Delivered) -> None:
         _, _, agent, method, caller = message.subject.split(".")
@@ -422,11 +447,7 @@ class Coordinator:
         _, _, operation, caller = message.subject.split(".")
 
         async def work() -> tuple[bytes, dict[str, str]]:
-            handler = self._handlers.get(operation)
-            if handler is None:
-                known = (*self._handlers, *self._lean_operations)
-                raise MethodNotFound(f"there is no operation {operation}; there are {', '.join(known)}")
-            return json.dumps(await handler(parsed(message.data), caller)).encode(), {}
+            return json.dumps(await self._handlers[operation](parsed(message.data), caller)).encode(), {}
 
         data, headers = await self._outcome(caller, work, _json_error, deadline=self.settings.change_deadline)
         self._reply(message, data, headers)
@@ -472,8 +493,11 @@ def _a2a_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
 
 
 def _json_error(error: WeftError) -> tuple[bytes, dict[str, str]]:
-    body = {"error": {"type": type(error).__name__, "message": str(error)}}
-    return json.dumps(body).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+    return json.dumps(_error_body(error)).encode(), {h.ERROR: error.reason} if isinstance(error, A2AError) else {}
+
+
+def _error_body(error: WeftError) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": str(error)}}
 
 
 def new_id() -> str:

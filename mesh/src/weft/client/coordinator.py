@@ -186,17 +186,34 @@ async def call(
     try:
         reply = await broker.request(subject, json.dumps(body or {}).encode(), timeout=timeout)
     except (Unreachable, TimedOut) as error:
-        raise Unavailable(
-            f"{operation} got no answer: the coordinator is not running or not reachable ({error}); see: mesh ps"
-        ) from error
+        raise unanswered(operation, error) from error
+    return answered(operation, reply.data, reply.headers)
+
+
+def unanswered(operation: str, error: WeftError) -> Unavailable:
+    """What it means that nobody answered."""
+    return Unavailable(
+        f"{operation} got no answer: no coordinator runs, leads or is new enough, or none is reachable ({error}); "
+        "see: mesh ps"
+    )
+
+
+def answered(operation: str, data: bytes, headers: bytes | None) -> dict[str, Any]:
+    """The answer in a reply. Raises the typed error it may be; Unavailable if it is none."""
     try:
-        answer: dict[str, Any] = json.loads(reply.data)
-        told = answer.get("error")
+        answer: dict[str, Any] = json.loads(data)
+        error = error_in(answer, h.get(headers, b"A2A-Error"))
     except (ValueError, AttributeError):
         raise Unavailable(f"{operation}: the coordinator's answer is not understood: another version?") from None
-    if told is not None:
-        raise _error(told, h.get(reply.headers, b"A2A-Error"))
+    if error is not None:
+        raise error
     return answer
+
+
+def error_in(answer: Mapping[str, Any], reason: bytes | None = None) -> WeftError | None:
+    """The error that an answer is, as its own type, if it is one; `reason` is what its header says."""
+    told = answer.get("error")
+    return _error(told, reason) if told is not None else None
 
 
 async def register(

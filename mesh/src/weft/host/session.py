@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgpack
 
-from weft.client import coordinator
+from weft.client.asks import Asks
 from weft.core.broker import Delivered
 from weft.host.locking import Lock
 from weft.host.owner import Owner
@@ -61,11 +61,12 @@ class Session:
     def __init__(self, owner: Owner, queue: Queue) -> None:
         self._owner = owner
         self._queue = queue
+        self._asks = Asks(owner.broker, owner.agent.name)
         self._asked: dict[str, Lock] = {}
         """Locks that are waited for, by request."""
         self._held: dict[str, Lock] = {}
-        self._giving: dict[str, bytes] = {}
-        """Requests that were given back and not confirmed yet, with the message that says so."""
+        self._giving: dict[str, dict[str, Any]] = {}
+        """Requests that were given back and not confirmed yet, with the question that says so."""
         self._waits: dict[_Key, tuple[Waits, Wait]] = {}
         """Waits the coordinator was told of, by task and wait."""
         self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
@@ -138,9 +139,7 @@ class Session:
         lock.outcome = asyncio.get_running_loop().create_future()
         sent = time.monotonic()
         try:
-            answer = await coordinator.call(
-                self._owner.broker, "lock", body, caller=self._owner.agent.name, timeout=timeout
-            )
+            answer = await self._asks.call("lock", body, timeout=timeout)
         except InvalidParams:
             lock.outcome = None
             if not self._send_back_of(lock.run.task_id):
@@ -188,28 +187,24 @@ class Session:
         self._give(lock.request, lock.run.task_id, lock.claim)
 
     def _give(self, request: str, task_id: str, claim: int) -> None:
-        data = json.dumps({"task": task_id, "request": request, "claim": claim}).encode()
-        self._giving[request] = data
-        self._send_back(request, data)
+        body = self._giving[request] = {"task": task_id, "request": request, "claim": claim}
+        self._send_back(request, body)
 
     def _send_back_of(self, task_id: str) -> bool:
         """Say again what a task gave back and nobody confirmed; whether there was anything."""
-        unheard = [(request, data) for request, data in self._giving.items() if request.startswith(f"{task_id}-")]
-        for request, data in unheard:
-            self._send_back(request, data)
+        unheard = [(request, body) for request, body in self._giving.items() if request.startswith(f"{task_id}-")]
+        for request, body in unheard:
+            self._send_back(request, body)
         return bool(unheard)
 
-    def _send_back(self, request: str, data: bytes) -> None:
-        def then(answer: bytes, headers: bytes | None, error: WeftError | None) -> None:
-            if error is None and b'"error"' not in answer and self._giving.get(request) is data:
+    def _send_back(self, request: str, body: dict[str, Any]) -> None:
+        def then(answer: Mapping[str, Any] | WeftError) -> None:
+            if not isinstance(answer, WeftError) and self._giving.get(request) is body:
                 del self._giving[request]
             else:
                 self._schedule()
 
-        try:
-            self._owner.broker.publish_then(subjects.coord("unlock", self._owner.agent.name), data, then=then)
-        except BrokerError:
-            self._schedule()
+        self._asks.ask("unlock", body, then)
 
     def end(self, run: Run) -> None:
         """A task is not worked on here any more: nothing is held or waited for in its name."""
@@ -316,12 +311,12 @@ class Session:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        for request, data in list(self._giving.items()):
-            self._send_back(request, data)
+        for request, body in list(self._giving.items()):
+            self._send_back(request, body)
         if not (self._held or self._asked or self._waits):
             return
         held, asked = dict(self._held), {key: lock for key, lock in self._asked.items() if lock.outcome is not None}
-        body = {
+        session = {
             "replica": self._owner.id,
             "held": list(held),
             "waiting": list(self._asked),
@@ -329,19 +324,14 @@ class Session:
         }
         sent = time.monotonic()
 
-        def then(answer: bytes, headers: bytes | None, error: WeftError | None) -> None:
-            told = {} if error is not None else _object(answer)
-            if "lost" in told:
+        def then(told: Mapping[str, Any] | WeftError) -> None:
+            if not isinstance(told, WeftError) and "lost" in told:
                 self._on_session(told, held=held, asked=asked, sent=sent)
                 self._schedule()
             elif self._tick is None and not self._owner.broker.closed.is_set():
                 self._tick = asyncio.get_running_loop().call_later(min(SOON, self._interval()), self._beat)
 
-        data = json.dumps(body).encode()
-        try:
-            self._owner.broker.publish_then(subjects.coord("session", self._owner.agent.name), data, then=then)
-        except BrokerError as failure:
-            then(b"", None, failure)
+        self._asks.ask("session", session, then)
 
     def _on_session(
         self, told: Mapping[str, Any], *, held: Mapping[str, Lock], asked: Mapping[str, Lock], sent: float
@@ -423,18 +413,11 @@ class Session:
         self._tell_in(0.0)
 
     def _post(self, operation: str, body: Mapping[str, Any]) -> None:
+        self._asks.flush()  # what was asked before arrives before
         try:
             self._owner.broker.send(subjects.coord(operation, self._owner.agent.name), json.dumps(body).encode())
         except BrokerError as error:
             log.debug("%s stays untold: %s", operation, error)
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        told = json.loads(data)
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _cycle(told: Any) -> tuple[CycleEdge, ...]:
