@@ -240,10 +240,10 @@ async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
     agent = weft.Agent(unique("again"))
     send_back, lost = Session._send_back, list[str]()
 
-    def lose(self: Session, request: str, data: bytes) -> None:
+    def lose(self: Session, request: str, body: dict[str, Any]) -> None:
         lost.append(request)
         if len(lost) > 1:
-            send_back(self, request, data)
+            send_back(self, request, body)
 
     monkeypatch.setattr(Session, "_send_back", lose)
 
