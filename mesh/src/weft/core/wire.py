@@ -408,7 +408,7 @@ class Wire(Client):
                 self._pending = []
                 self._pending_data_size = 0
             try:
-                self._transport.writelines(out)
+                self._transport.write(b"".join(out))  # one piece: a vector of many small ones costs more to send
                 self._out_size = self._unsent()
             except RuntimeError:
                 return  # closed, and the reader has not noticed yet: it fails what was asked
