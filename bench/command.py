@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import graph, idle, leader, locks, policy, report, roundtrip, suspended, takeover
+from bench import graph, idle, leader, locks, policy, report, roundtrip, suspended, takeover, tools
 from bench.processes import ROOT
 
 CASES: Final = (
-    "roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph", "policy",
+    "roundtrip", "gateway", "takeover", "leader", "idle", "history", "suspended", "locks", "graph", "policy", "tools",
 )  # fmt: skip
 RESULTS: Final = ROOT / "bench" / "results"
 
@@ -89,6 +89,9 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             results[case] = await idle.run(max(3, options.repetitions))
         elif case == "policy":
             results[case] = policy.run()
+        elif case == "tools":
+            inflight = [32 if one == 64 else one for one in load.inflight]
+            results[case] = await tools.run(replace(load, inflight=inflight, sizes=load.sizes[:1]))
         elif case == "graph":
             results[case] = graph.run(options.waiting)
         elif case == "locks":

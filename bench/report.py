@@ -13,7 +13,14 @@ NAMES: Final = {
     "a2a": "A2A SDK, HTTP",
     "gateway": "Weft, gateway",
     "server": "A2A SDK, server",
+    "direct": "the tool server itself",
+    "fastmcp": "fastmcp, proxy",
+    "http": "Weft, HTTP front",
+    "nats": "Weft, over NATS",
 }
+
+ROLES: Final = ("client", "broker", "worker", "gateway")
+TOOL_ROLES: Final = ("client", "broker", "sidecar", "server")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -32,6 +39,7 @@ def table(results: dict[str, Any]) -> str:
         ("history", _history),
         ("graph", _graph),
         ("policy", _policy),
+        ("tools", _tools),
     ):
         if case in results:
             lines += ["", *show(results[case])]
@@ -83,13 +91,13 @@ def _history(records: Sequence[dict[str, Any]]) -> Iterable[str]:
         yield _ratio(f"{inflight} in flight: CPU", _cpu(full) / _cpu(empty))
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+def _rows(records: Sequence[dict[str, Any]], roles: Sequence[str] = ROLES, unit: str = "task") -> Iterable[str]:
     yield (
-        f"{'':26} {'bytes':>5} {'in flight':>9} {'tasks/s':>8} {'best':>6} {'p50 ms':>8} {'p99 ms':>8}"
-        f"   {'µs CPU a task: client, broker, worker, gateway':46} MB: the same"
+        f"{'':26} {'bytes':>5} {'in flight':>9} {unit + 's/s':>8} {'best':>6} {'p50 ms':>8} {'p99 ms':>8}"
+        f"   {f'µs CPU a {unit}: ' + ', '.join(roles):46} MB: the same"
     )
     for r in records:
-        cpu, rss = ("  ".join(f"{r[what].get(who, 0):6.0f}" for who in ROLES) for what in ("cpu_us", "rss_mb"))
+        cpu, rss = ("  ".join(f"{r[what].get(who, 0):6.0f}" for who in roles) for what in ("cpu_us", "rss_mb"))
         yield (
             f"{r['side'].replace(*_name(r['side'])):26} {r['size']:5} {r['inflight']:9} {r['rate']:8.0f} "
             f"{r['best_rate']:6.0f} {r['p50_ms']:8.2f} {r['p99_ms']:8.2f}   {cpu} = {_cpu(r):6.0f}       {rss}"
@@ -99,9 +107,6 @@ def _rows(records: Sequence[dict[str, Any]]) -> Iterable[str]:
 def _name(side: str) -> tuple[str, str]:
     code = side.partition(" ")[0]
     return code, NAMES.get(code, code)
-
-
-ROLES: Final = ("client", "broker", "worker", "gateway")
 
 
 def _takeover(results: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -123,6 +128,30 @@ def _idle(result: dict[str, Any]) -> Iterable[str]:
     yield f"Idle agent: {result['starts']} starts, {result['cpu_ms_per_s']:.1f} ms CPU a second when idle"
     yield _goal("resident memory in MB", result["rss_mb"], 60.0, less=True)
     yield _goal("start to ready in seconds", result["ready_s"], 1.5, less=True)
+
+
+def _tools(result: dict[str, Any]) -> Iterable[str]:
+    records = result["records"]
+    yield f"A tool called: {result['rules']} rules, redaction and records on in the sidecar"
+    yield from _rows(records, TOOL_ROLES, "call")
+    yield ""
+    for inflight in dict.fromkeys(r["inflight"] for r in records):
+        direct, peer, http, nats = (
+            next(r for r in records if (r["side"], r["inflight"]) == (side, inflight))
+            for side in ("direct", "fastmcp", "http", "nats")
+        )
+        if inflight == 1:
+            yield _goal(
+                "1 in flight: added by the HTTP front, p50 in ms", http["p50_ms"] - direct["p50_ms"], 2.5, less=True
+            )
+            yield _ratio("1 in flight: p50 over NATS against the server itself", nats["p50_ms"] / direct["p50_ms"])
+        else:
+            yield _goal(f"{inflight} in flight: rate against fastmcp", http["rate"] / peer["rate"], 2.0)
+        yield _goal(
+            f"{inflight} in flight: CPU over NATS against the server itself", _cpu(nats) / _cpu(direct), 1.0, less=True
+        )
+    for what, count in result["left"].items():
+        yield _goal(f"left after 1,000 calls: {what}", count, 1.0, less=True)
 
 
 def _policy(result: dict[str, Any]) -> Iterable[str]:
