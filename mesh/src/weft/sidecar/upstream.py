@@ -15,7 +15,7 @@ from weft.sidecar.link import Heard, Link, LinkEnded
 from weft.sidecar.sandbox import NONE, Level, choose
 from weft.sidecar.session import Session, open_session
 from weft.sidecar.settings import Limits, limits_of
-from weft_protocols.errors import InvalidConfig, ToolError
+from weft_protocols.errors import InvalidConfig, ToolError, WeftError
 from weft_protocols.mcp import UPSTREAM_FAILED
 
 log = logging.getLogger("weft.sidecar")
@@ -62,7 +62,7 @@ class Upstream:
         self._opened = opened
         self._on_event = on_event
         self._sessions: list[Session] = []
-        self._opening = asyncio.Lock()
+        self._starting: asyncio.Task[Session | ToolError] | None = None
         self._era = server.era
         self._pause = 0.0
         self._not_before = 0.0
@@ -111,6 +111,9 @@ class Upstream:
     async def aclose(self) -> None:
         """End every session, process and all."""
         self._closed = True
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait((self._starting,))
         sessions, self._sessions = self._sessions, []
         async with asyncio.TaskGroup() as group:
             for session in sessions:
@@ -118,14 +121,30 @@ class Upstream:
         await self._tasks.aclose()
 
     async def _session(self) -> Session:
-        found = self._free()
-        if found is not None:
-            return found
-        async with self._opening:
+        """A session for one more. Whoever waits may leave: it is opened all the same, for those who come next."""
+        while True:
             found = self._free()
             if found is not None:
                 return found
+            if self._starting is None:
+                self._starting = self._tasks.start(self._start(), name=f"start of {self.server.name}")
+            made = await asyncio.shield(self._starting)
+            if isinstance(made, ToolError):
+                raise ToolError(str(made), code=made.code, data=made.data)
+            if not made.busy:
+                return made
+
+    async def _start(self) -> Session | ToolError:
+        try:
             return await self._open()
+        except ToolError as error:
+            return error
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            return ToolError(f"{self.server.name} was removed", code=UPSTREAM_FAILED)
+        finally:
+            self._starting = None
 
     def _free(self) -> Session | None:
         """The least busy session, unless one more may be started for it."""
@@ -153,6 +172,8 @@ class Upstream:
             raise self._failed(f"it did not say who it is within {self.limits.start_timeout:g} s") from None
         except ToolError as error:
             raise self._failed(str(error)) from None
+        except (WeftError, ValueError, RecursionError) as error:
+            raise self._failed(f"what it offers cannot be taken: {error}") from error
         self._pause, self._failure = 0.0, ""
         self._sessions.append(session)
         self._tasks.start(self._watch(session), name=f"session of {self.server.name}")
