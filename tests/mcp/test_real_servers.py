@@ -55,9 +55,13 @@ class Site:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
         path = lines[0].split()[1]
         self.asked.append(path)
-        page = b"" if path == "/robots.txt" else b"<html><body><h1>Woven</h1><p>" + b"thread " * 40 + b"</p></body></html>"
+        page = (
+            b"" if path == "/robots.txt" else b"<html><body><h1>Woven</h1><p>" + b"thread " * 40 + b"</p></body></html>"
+        )
         status = "404 Not Found" if path == "/robots.txt" else "200 OK"
-        head = f"HTTP/1.1 {status}\r\ncontent-type: text/html\r\ncontent-length: {len(page)}\r\nconnection: close\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status}\r\ncontent-type: text/html\r\ncontent-length: {len(page)}\r\nconnection: close\r\n\r\n"
+        )
         writer.write(head.encode() + page)
         await writer.drain()
         writer.close()
@@ -135,7 +139,9 @@ SERVERS = {
         lambda world: (),
         frozenset({"get_current_time", "convert_time"}),
         lambda world, n: ("get_current_time", {"timezone": ("Europe/Berlin", "Asia/Tokyo", "UTC")[n % 3]}),
-        lambda world, n, result: result["structuredContent"]["timezone"] == ("Europe/Berlin", "Asia/Tokyo", "UTC")[n % 3],
+        lambda world, n, result: (
+            result["structuredContent"]["timezone"] == ("Europe/Berlin", "Asia/Tokyo", "UTC")[n % 3]
+        ),
         lambda world: {"network": False},
         "mcp-server-time",
     ),
@@ -221,7 +227,10 @@ def install(name: str, real: Real) -> str:
     python = str(folder / "bin" / "python")
     steps = [[str(npm), "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--silent", real.package]]
     if not real.npm:
-        steps = [[sys.executable, "-m", "venv", str(folder)], [python, "-m", "pip", "install", "-q", real.package, *real.beside]]
+        steps = [
+            [sys.executable, "-m", "venv", str(folder)],
+            [python, "-m", "pip", "install", "-q", real.package, *real.beside],
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for step in steps:

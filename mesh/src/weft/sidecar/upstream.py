@@ -12,6 +12,7 @@ from weft.core.supervise import Tasks
 from weft.core.toolsconf import ToolServer
 from weft.sidecar.guards import Guards, guards_of
 from weft.sidecar.link import Heard, Link, LinkEnded
+from weft.sidecar.pins import escaped, oneline
 from weft.sidecar.sandbox import NONE, Level, choose
 from weft.sidecar.session import Session, open_session
 from weft.sidecar.settings import Limits, limits_of
@@ -202,9 +203,10 @@ class Upstream:
     def _failed(self, reason: str) -> ToolError:
         self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
         self._not_before = _now() + self._pause
-        self._failure = reason
+        self._failure = escaped(reason)
         self._era = self.server.era  # it may be another one when it comes back
-        log.warning("tool server %s cannot be used: %s", self.server.name, reason)
+        reason = escaped(reason)
+        log.warning("tool server %s cannot be used: %s", self.server.name, oneline(reason))
         return ToolError(f"{self.server.name}: {reason}", code=UPSTREAM_FAILED, data={"retryAfter": self._pause})
 
     async def _watch(self, session: Session) -> None:
@@ -221,7 +223,7 @@ class Upstream:
                     return
         if session in self._sessions:
             self.restarts += 1
-            log.warning("tool server %s: %s", self.server.name, session.link.reason)
+            log.warning("tool server %s: %s", self.server.name, oneline(session.link.reason))
         await self._put_away(session)
 
     async def _put_away(self, session: Session) -> None:
