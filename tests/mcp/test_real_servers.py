@@ -1,14 +1,22 @@
-"""Servers that other people wrote, of both eras, from their registries: registered, listed, called, killed."""
+"""Servers that other people wrote, of both eras, from their registries: registered, listed, called, killed, hung.
+
+What a call did is looked up outside: in a file, a log of commits, a database, or what a web server was asked.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +25,312 @@ import pytest
 from weft.client.tools import ToolClient, ToolRequest
 from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
+from weft.sidecar.sandbox import SANDLOCK, choose
+from weft.sidecar.guards import SandboxRules
 from weft.sidecar.service import SidecarService
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh
+from weft_protocols import mcp
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weft-mcp-servers"
-TIME = "mcp-server-time==2026.10.19"
-MEMORY = "@modelcontextprotocol/server-memory@2026.8.31"
-WITHIN = 60.0
+WITHIN = 150.0
+"""Seconds to install one server; only the first run on a machine does."""
+LIMIT = 30.0
+"""Seconds of one call."""
+SHORT = 1.0
+"""Seconds that the caller of a server that hangs waits."""
+EARLIER, LATER = "2025-11-25", "2026-07-28"
 
 
-def install(command: list[str], folder: Path) -> None:
-    """Run an installer once; whoever has no registry at hand skips."""
-    done = folder / ".installed"
+class Site:
+    """A web server on this machine, and the paths it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.address = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+        path = lines[0].split()[1]
+        self.asked.append(path)
+        page = (
+            b"" if path == "/robots.txt" else b"<html><body><h1>Woven</h1><p>" + b"thread " * 40 + b"</p></body></html>"
+        )
+        status = "404 Not Found" if path == "/robots.txt" else "200 OK"
+        head = (
+            f"HTTP/1.1 {status}\r\ncontent-type: text/html\r\ncontent-length: {len(page)}\r\nconnection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + page)
+        await writer.drain()
+        writer.close()
+
+
+@dataclass
+class World:
+    """Where the effects of calls are."""
+
+    folder: Path
+    site: Site
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+
+Effect = Callable[[World, int], tuple[str, dict[str, Any]]]
+"""Tool and arguments of the n-th call."""
+Seen = Callable[[World, int, dict[str, Any]], bool]
+"""Whether the n-th call with this result had its effect."""
+
+
+@dataclass(frozen=True)
+class Real:
+    """A server and how a user would register it."""
+
+    package: str
+    version: str
+    """Of MCP, which it speaks."""
+    command: Callable[[World], tuple[str, ...]]
+    """After the program."""
+    tools: frozenset[str]
+    """Some of what it offers."""
+    effect: Effect
+    seen: Seen
+    sandbox: Callable[[World], Any] = lambda world: None
+    program: str = ""
+    """The command that the package brings."""
+    env: dict[str, str] = field(default_factory=dict)
+    npm: bool = False
+    beside: tuple[str, ...] = ()
+    """What has to be installed with it."""
+
+
+def wrote(world: World, n: int) -> tuple[str, dict[str, Any]]:
+    return "write_file", {"path": str(world.path("files", f"{n}.txt")), "content": f"call {n}"}
+
+
+def committed(world: World, n: int) -> tuple[str, dict[str, Any]]:
+    return "git_commit", {"repo_path": str(world.path("repo")), "message": f"call {n}"}
+
+
+def log_of(world: World) -> list[str]:
+    command = ["git", "-C", str(world.path("repo")), "log", "--format=%s"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+
+
+def rows(world: World) -> list[str]:
+    base = sqlite3.connect(world.path("data", "base.db"))
+    try:
+        return [one for (one,) in base.execute("SELECT note FROM notes")]
+    finally:
+        base.close()
+
+
+def remembered(world: World, n: int) -> tuple[str, dict[str, Any]]:
+    entity = {"name": f"weft-{n}", "entityType": "project", "observations": [f"call {n}"]}
+    return "create_entities", {"entities": [entity]}
+
+
+SERVERS = {
+    "time": Real(
+        "mcp-server-time==2026.10.19",
+        LATER,
+        lambda world: (),
+        frozenset({"get_current_time", "convert_time"}),
+        lambda world, n: ("get_current_time", {"timezone": ("Europe/Berlin", "Asia/Tokyo", "UTC")[n % 3]}),
+        lambda world, n, result: (
+            result["structuredContent"]["timezone"] == ("Europe/Berlin", "Asia/Tokyo", "UTC")[n % 3]
+        ),
+        lambda world: {"network": False},
+        "mcp-server-time",
+    ),
+    "git": Real(
+        "mcp-server-git==2026.10.19",
+        LATER,
+        lambda world: ("--repository", str(world.path("repo"))),
+        frozenset({"git_status", "git_commit"}),
+        committed,
+        lambda world, n, result: f"call {n}" in log_of(world),
+        lambda world: {"write": [str(world.path("repo"))], "network": False},
+        "mcp-server-git",
+    ),
+    "fetch": Real(
+        "mcp-server-fetch==2026.10.24",
+        LATER,
+        lambda world: ("--ignore-robots-txt", "--allow-private-ips"),
+        frozenset({"fetch"}),
+        lambda world, n: ("fetch", {"url": f"{world.site.address}/{n}"}),
+        lambda world, n, result: f"/{n}" in world.site.asked and "Woven" in json.dumps(result),
+        lambda world: None,
+        "mcp-server-fetch",
+    ),
+    "sqlite": Real(
+        "mcp-server-sqlite==2025.4.25",
+        EARLIER,
+        lambda world: ("--db-path", str(world.path("data", "base.db"))),
+        frozenset({"read_query", "write_query"}),
+        lambda world, n: ("write_query", {"query": f"INSERT INTO notes VALUES ('call {n}')"}),
+        lambda world, n, result: f"call {n}" in rows(world),
+        lambda world: {"write": [str(world.path("data"))], "network": False},
+        "mcp-server-sqlite",
+        beside=("mcp==1.29.1",),  # it does not start with the SDK of the later era, which it would accept
+    ),
+    "memory": Real(
+        "@modelcontextprotocol/server-memory@2026.8.31",
+        EARLIER,
+        lambda world: (),
+        frozenset({"create_entities", "read_graph"}),
+        remembered,
+        lambda world, n, result: f"call {n}" in world.path("memory.jsonl").read_text(),
+        lambda world: {"network": False},
+        "mcp-server-memory",
+        {"MEMORY_FILE_PATH": "TEST_MEMORY_FILE"},
+        npm=True,
+    ),
+    "filesystem": Real(
+        "@modelcontextprotocol/server-filesystem@2026.8.31",
+        EARLIER,
+        lambda world: (str(world.path("files")),),
+        frozenset({"read_text_file", "write_file"}),
+        wrote,
+        lambda world, n, result: world.path("files", f"{n}.txt").read_text() == f"call {n}",
+        lambda world: {"write": [str(world.path("files"))], "network": False},
+        "mcp-server-filesystem",
+        npm=True,
+    ),
+    "everything": Real(
+        "@modelcontextprotocol/server-everything@2026.8.31",
+        EARLIER,
+        lambda world: (),
+        frozenset({"echo"}),
+        lambda world, n: ("echo", {"message": f"call {n}"}),
+        lambda world, n, result: f"call {n}" in json.dumps(result),
+        lambda world: {"network": False},
+        "mcp-server-everything",
+        npm=True,
+    ),
+}
+
+
+# Installing ----------------------------------------------------------------------------------------
+
+
+def install(name: str, real: Real) -> str:
+    """Install a server once; why it cannot be, else nothing."""
+    folder, done = CACHE / name, CACHE / name / f".installed-{real.package.rpartition('/')[2]}"
     if done.exists():
-        return
+        return ""
+    npm = shutil.which("npm")
+    if real.npm and npm is None:
+        return "npm is not here"
+    python = str(folder / "bin" / "python")
+    steps = [[str(npm), "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--silent", real.package]]
+    if not real.npm:
+        steps = [
+            [sys.executable, "-m", "venv", str(folder)],
+            [python, "-m", "pip", "install", "-q", real.package, *real.beside],
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=WITHIN)
+        for step in steps:
+            subprocess.run(step, check=True, capture_output=True, timeout=WITHIN)
+    except subprocess.CalledProcessError as error:
+        return f"{real.package} cannot be installed: {error.stderr.decode(errors='replace')[-400:]}"
     except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"{command[-1]} cannot be installed: {error}")
+        return f"{real.package} cannot be installed: {error}"
     done.touch()
+    return ""
 
 
-@pytest.fixture(scope="module")
-def time_server() -> tuple[str, ...]:
-    folder = CACHE / "time"
-    if not (folder / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=WITHIN)
-    install([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", TIME], folder)
-    return (str(folder / "bin" / "python"), "-m", "mcp_server_time")
+def program(name: str, real: Real) -> tuple[str, ...]:
+    if real.npm:
+        return (str(CACHE / name / "node_modules" / ".bin" / real.program),)
+    return (str(CACHE / name / "bin" / real.program),)
 
 
-@pytest.fixture(scope="module")
-def memory_server() -> tuple[str, ...]:
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not here")
-    folder = CACHE / "memory"
-    install([npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--silent", MEMORY], folder)
-    return (str(folder / "node_modules" / ".bin" / "mcp-server-memory"),)
+# The stage -----------------------------------------------------------------------------------------
 
 
 class Bench:
-    def __init__(self, client: ToolClient, store: ToolStore, service: SidecarService) -> None:
-        self.client, self.store, self.service = client, store, service
+    def __init__(self, client: ToolClient, store: ToolStore, service: SidecarService, world: World) -> None:
+        self.client, self.store, self.service, self.world = client, store, service, world
+        self.absent: dict[str, str] = {}
+        """Why a server is not here."""
 
-    async def register(self, name: str, command: tuple[str, ...], **more: Any) -> None:
-        await self.store.register(ToolServer(name, command=command, **more))
-        await eventually(lambda: name in self.service.plane.servers)
+    async def register(self, name: str, **more: Any) -> None:
+        real = SERVERS[name]
+        before = self.service.plane._served.get(name)
+        settings: dict[str, Any] = {"timeout": LIMIT, "start_timeout": 60, **more}
+        if (rules := real.sandbox(self.world)) is not None:
+            settings["sandbox"] = rules
+        command = (*program(name, real), *real.command(self.world))
+        await self.store.register(
+            ToolServer(name, command=command, env=real.env, cwd=str(self.world.folder), settings=settings)
+        )
+        await eventually(lambda: self.service.plane._served.get(name) not in (None, before))
 
-    async def call(self, server: str, tool: str, **arguments: Any) -> dict[str, Any]:
-        params = {"name": tool, "arguments": arguments}
-        return await self.client.request(ToolRequest(server, "tools/call", params))
+    async def call(self, server: str, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return await self.client.request(ToolRequest(server, "tools/call", {"name": tool, "arguments": arguments}))
+
+    async def started(self, name: str) -> None:
+        """Have it started, which may take longer than a call may."""
+
+        async def is_there() -> bool:
+            try:
+                async with asyncio.timeout(0.5):
+                    await self.service.plane.served(name).refresh()
+            except TimeoutError:
+                return False
+            return True
+
+        await eventually(is_there, timeout=60)
+
+    async def effect(self, name: str, n: int) -> dict[str, Any]:
+        """The n-th call of a server; it had its effect."""
+        real, world = SERVERS[name], self.world
+        if name == "git":
+            world.path("repo", f"{n}").write_text(str(n))
+            subprocess.run(["git", "-C", str(world.path("repo")), "add", "."], check=True)
+        result = await self.call(name, *real.effect(world, n))
+        assert not result.get("isError"), result
+        assert real.seen(world, n, result), result
+        return result
+
+    def upstream(self, name: str) -> Any:
+        return self.service.plane.served(name).upstream
+
+    def processes(self, name: str) -> list[int]:
+        """The processes of a server, the sandbox around it first."""
+        link: Any = self.upstream(name).sessions[0].link
+        return [link.pid, *below(link.pid)]
 
 
-@pytest.fixture
-async def bench(mesh: BrokerMesh) -> AsyncIterator[Bench]:
+def below(pid: int) -> Iterator[int]:
+    """What descends from a process."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from below(int(child))
+
+
+@pytest.fixture(scope="module")
+async def bench(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
+    world = World(tmp_path_factory.mktemp("real"), Site())
+    for name in ("files", "repo", "data"):
+        world.path(name).mkdir()
+    repo = str(world.path("repo"))
+    subprocess.run(["git", "init", "-q", repo], check=True)
+    for key, value in (("user.name", "Ada"), ("user.email", "ada@example.org"), ("commit.gpgsign", "false")):
+        subprocess.run(["git", "-C", repo, "config", key, value], check=True)
+    base = sqlite3.connect(world.path("data", "base.db"))
+    base.execute("CREATE TABLE notes (note TEXT)")
+    base.close()
     async with AsyncExitStack() as stack:
+        site = await asyncio.start_server(world.site.serve, "127.0.0.1", 0)
+        stack.callback(site.close)
+        world.site.address = f"http://127.0.0.1:{site.sockets[0].getsockname()[1]}"
+        os.environ["TEST_MEMORY_FILE"] = str(world.path("memory.jsonl"))
+        stack.callback(os.environ.pop, "TEST_MEMORY_FILE")
         operator, sidecar, local = [await mesh.connect(name) for name in ("operator", "sidecar", "local")]
         for broker in (operator, sidecar, local):
             stack.push_async_callback(broker.close)
@@ -85,39 +339,74 @@ async def bench(mesh: BrokerMesh) -> AsyncIterator[Bench]:
         await service.start()
         client = await ToolClient(local).start()
         stack.push_async_callback(client.aclose)
-        store = ToolStore(operator)
-        for name in ("time", "memory"):
-            stack.push_async_callback(store.remove, name)
-        yield Bench(client, store, service)
+        made = Bench(client, ToolStore(operator), service, world)
+        async with asyncio.TaskGroup() as group:
+            found = {name: group.create_task(asyncio.to_thread(install, name, real)) for name, real in SERVERS.items()}
+        made.absent = {name: task.result() for name, task in found.items() if task.result()}
+        for name in SERVERS.keys() - made.absent.keys():
+            await made.register(name)
+            stack.push_async_callback(made.store.remove, name)
+        # All of them start at once. What is wrong with one is what its own tests find.
+        asked = [client.request(ToolRequest(name, "tools/list")) for name in SERVERS.keys() - made.absent.keys()]
+        await asyncio.gather(*asked, return_exceptions=True)
+        yield made
 
 
-async def test_a_server_of_this_revision_is_listed_called_killed_and_called_again(
-    bench: Bench, time_server: tuple[str, ...]
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, bench: Bench) -> str:
+    name = str(request.param)
+    if name in bench.absent:
+        pytest.skip(bench.absent[name])
+    return name
+
+
+async def test_a_real_server_is_listed_and_called_in_the_sandbox_there_is(bench: Bench, server: str) -> None:
+    real = SERVERS[server]
+    listed = await bench.client.request(ToolRequest(server, "tools/list"))
+    assert real.tools <= {tool["name"] for tool in listed["tools"]}
+    assert listed["resultType"] == "complete"
+    await bench.effect(server, 0)
+    state = bench.upstream(server).state
+    assert (state["version"], state["sandbox"]) == (real.version, choose(SandboxRules()).name)
+
+
+async def test_a_real_server_that_is_killed_is_called_again(bench: Bench, server: str) -> None:
+    await bench.effect(server, 1)
+    upstream, before = bench.upstream(server), bench.processes(server)
+    restarts = upstream.restarts
+    os.kill(before[-1], signal.SIGKILL)
+    await eventually(lambda: upstream.restarts > restarts)
+    await bench.effect(server, 2)
+    assert not set(before) & set(bench.processes(server))
+
+
+async def test_a_real_server_that_hangs_is_given_up_in_time_and_replaced(
+    bench: Bench, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await bench.register("time", time_server)
-    result = await bench.call("time", "get_current_time", timezone="Europe/Berlin")
-    assert result["structuredContent"]["timezone"] == "Europe/Berlin"
-    wrong = await bench.call("time", "get_current_time", timezone="Nowhere/Town")
-    assert wrong["isError"]
-    upstream = bench.service.plane.served("time").upstream
-    assert upstream.state["version"] == "2026-07-28"
-    link: Any = upstream.sessions[0].link
-    os.killpg(link.pid, signal.SIGKILL)
-    await eventually(lambda: not upstream.sessions)
-    again = await bench.call("time", "get_current_time", timezone="Asia/Tokyo")
-    assert again["structuredContent"]["timezone"] == "Asia/Tokyo"
+    monkeypatch.setattr("weft.sidecar.session.PROBE", 0.5)
+    monkeypatch.setattr("weft.sidecar.stdio.LEAVE", 0.5)
+    await bench.register(server, timeout=SHORT)
+    await bench.started(server)
+    before = bench.processes(server)
+    restarts = bench.upstream(server).restarts
+    os.kill(before[-1], signal.SIGSTOP)
+    begun = time.monotonic()
+    late = await bench.call(server, *SERVERS[server].effect(bench.world, 4))
+    assert late["_meta"][mcp.META_REFUSAL]["kind"] == "late"
+    assert SHORT <= time.monotonic() - begun < SHORT + 5
+    await eventually(lambda: bench.upstream(server).restarts > restarts and not alive(before))
+    await bench.started(server)  # although nobody waits for it as long as it takes
+    await bench.effect(server, 5)
 
 
-async def test_a_server_of_the_earlier_era_is_listed_and_keeps_what_it_is_told(
-    bench: Bench, memory_server: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TEST_MEMORY_FILE", str(tmp_path / "memory.jsonl"))
-    await bench.register("memory", memory_server, env={"MEMORY_FILE_PATH": "TEST_MEMORY_FILE"})
-    listed = await bench.client.request(ToolRequest("memory", "tools/list"))
-    assert {"create_entities", "read_graph"} <= {tool["name"] for tool in listed["tools"]}
-    entity = {"name": "weft", "entityType": "project", "observations": ["weaves"]}
-    await bench.call("memory", "create_entities", entities=[entity])
-    assert "weaves" in (tmp_path / "memory.jsonl").read_text()
-    graph = await bench.call("memory", "read_graph")
-    assert graph["resultType"] == "complete"
-    assert bench.service.plane.served("memory").upstream.state["version"] == "2025-11-25"
+async def test_a_real_server_that_is_registered_anew_is_restarted(bench: Bench, server: str) -> None:
+    await bench.effect(server, 6)
+    before = bench.processes(server)
+    await bench.register(server, concurrency=4)
+    await bench.effect(server, 7)
+    await eventually(lambda: not alive(before))
+    assert bench.upstream(server).limits.concurrency == 4
+
+
+def alive(pids: list[int]) -> bool:
+    return any(Path(f"/proc/{pid}").exists() for pid in pids)

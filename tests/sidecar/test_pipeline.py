@@ -211,9 +211,10 @@ async def test_references_within_a_schema_hold_and_nothing_outside_is_fetched() 
 
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|a)*$", "^a*a*a*a*a*a*$", r"^(a*)\1*$"])
-async def test_a_pattern_that_could_take_for_ever_is_left_to_the_server(pattern: str) -> None:
+async def test_a_pattern_is_matched_in_the_time_that_its_text_takes_or_left_to_the_server(pattern: str) -> None:
     begun = time.monotonic()
-    assert await mistakes({"properties": {"a": {"pattern": pattern}}}, a="a" * 40 + "!") == ""
+    told = await mistakes({"properties": {"a": {"pattern": pattern}}}, a="a" * 4000 + "!")
+    assert ("does not match" in told) == ("\\1" not in pattern)
     assert time.monotonic() - begun < 1
 
 

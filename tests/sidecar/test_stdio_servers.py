@@ -6,16 +6,18 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from weft.client.tools import ToolRequest
 from weft.core.home import process_started
 from weft.testing.agents import eventually
 from weft_protocols import mcp
-from weft_protocols.errors import ToolError
+from weft_protocols.errors import DeadlineExceeded, ToolError
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +52,26 @@ async def test_a_server_that_starts_slowly_is_not_taken_for_one_of_the_earlier_e
     await stage.do(server, "nothing")
     assert stage.service.plane.served(server).upstream.state["version"] == mcp.VERSION
     assert len(stage.started(server)) == 1
+
+
+async def test_a_server_starts_although_its_caller_waits_for_less(stage: Any, said: Callable[..., str]) -> None:
+    server = await stage.bad("--slow")
+    params = {"name": "do", "arguments": {"what": "nothing"}}
+    with pytest.raises(DeadlineExceeded):
+        await stage.caller.request(ToolRequest(server, "tools/call", params, deadline=time.time() + 0.2))
+    await eventually(lambda: stage.service.plane.served(server).upstream.sessions)
+    assert said(await stage.do(server, "nothing")) == f"pid {stage.started(server)[0]}"
+    assert len(stage.started(server)) == 1
+
+
+async def test_a_server_that_is_removed_while_it_starts_is_ended(stage: Any) -> None:
+    server = await stage.bad("--slow")
+    asking = asyncio.create_task(stage.do(server, "nothing"))
+    await eventually(lambda: stage.started(server))
+    await stage.store.remove(server)
+    with pytest.raises(ToolError, match="was removed"):
+        await asking
+    await eventually(lambda: gone(stage.started(server)[0]))
 
 
 async def test_a_request_arrives_as_it_was_sent_and_its_result_as_it_came(stage: Any) -> None:

@@ -186,13 +186,22 @@ class Tools:
         )
 
         def heard(name: str, told: dict[str, Any]) -> None:
-            if name == "notifications/progress" and progress is not None:
-                progress(float(told.get("progress", 0)), told.get("total"), str(told.get("message", "")))
+            done = _number(told.get("progress"))
+            if name == "notifications/progress" and progress is not None and done is not None:
+                progress(done, _number(told.get("total")), str(told.get("message", "")))
 
         with run.waits.working():
             result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
         run.last_progress = time.time()
         return result
+
+
+def _number(value: Any) -> float | None:
+    """A number as servers tell them; None for whatever else they may say."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 def _approval(result: ToolResult) -> str:

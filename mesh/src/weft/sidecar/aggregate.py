@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 from weft.sidecar.backend import Request
 from weft.sidecar.events import Events
 from weft.sidecar.link import Heard
+from weft.sidecar.pins import oneline
 from weft.sidecar.session import as_modern
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import (
@@ -126,7 +127,8 @@ class Aggregate:
                     params = {**params, "cursor": told["nextCursor"]}
         except (ToolError, TimeoutError) as error:
             if not (isinstance(error, ToolError) and error.code == METHOD_NOT_FOUND):
-                log.warning("%s is left out of %s: %s", server, request.method, error or "it takes too long")
+                why = oneline(str(error)) or "it takes too long"
+                log.warning("%s is left out of %s: %s", server, request.method, why)
         return found
 
 

@@ -17,6 +17,7 @@ from weft.sidecar.http import HttpLink
 from weft.sidecar.link import Heard, Link
 from weft.sidecar.sandbox import NONE, jailed
 from weft.sidecar.secrets import Scrubber, resolve
+from weft.sidecar.settings import Limits, limits_of
 from weft.sidecar.stdio import ProcessCommand, StdioLink
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import UPSTREAM_FAILED
@@ -37,6 +38,7 @@ class Connector:
     async def __call__(self, server: ToolServer, on_event: Heard) -> Link:
         """A link to a server. Raises LinkEnded, or ToolError that says what is missing or not allowed."""
         guards = guards_of(server.settings, f"settings of {server.name}")
+        more = 2 * max(0, limits_of(server.settings).response_bytes - Limits().response_bytes)
         sent, values = await resolve(guards.secrets, server.name)
         if server.url:
             try:
@@ -46,12 +48,15 @@ class Connector:
             headers = from_environment(server.headers_env, server.name)
             scrub = Scrubber([*values, *_parts(headers.values())])
             client = self._clients.of(guards.egress)
-            return HttpLink(client, server.url, headers={**headers, **sent}, on_event=on_event, scrub=scrub)
+            sent = {**headers, **sent}
+            return HttpLink(client, server.url, headers=sent, on_event=on_event, scrub=scrub, more=more)
         env = {**from_environment(server.env, server.name), **sent}
         run = await asyncio.to_thread(
             jailed, server.command, guards.sandbox, cwd=server.cwd or None, private=self._private
         )
-        command = ProcessCommand(server.name, run.argv, env, server.cwd or None, jailed=run.level.name != NONE)
+        command = ProcessCommand(
+            server.name, run.argv, env, server.cwd or None, more=more, jailed=run.level.name != NONE
+        )
         return await StdioLink.start(command, on_event, scrub=Scrubber(values))
 
 

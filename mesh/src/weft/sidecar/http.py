@@ -18,7 +18,9 @@ from weft.sidecar.link import (
     Heard,
     LinkEnded,
     answer_to,
+    message_of,
     restored,
+    unmarked,
     with_token,
 )
 from weft.sidecar.secrets import Scrubber
@@ -44,6 +46,7 @@ class HttpLink:
         headers: Mapping[str, str],
         on_event: Heard,
         scrub: Scrubber | None = None,
+        more: int = 0,
     ) -> None:
         self.ended = asyncio.Event()
         self.reason = ""
@@ -52,6 +55,8 @@ class HttpLink:
         self._headers = dict(headers)
         self._on_event = on_event
         self._scrub = scrub or Scrubber()
+        self._more = more
+        """Bytes by which messages may be larger than `MESSAGE_LIMIT`."""
         self._session = ""
         self._version = ""
         self._count = 0
@@ -68,7 +73,7 @@ class HttpLink:
         out, token = with_token(params, ident)
 
         def hear(name: str, said: dict[str, Any]) -> None:
-            (heard or self._on_event)(name, restored(said, token))
+            (heard or self._on_event)(name, unmarked(restored(said, token)))
 
         body = {"jsonrpc": "2.0", "id": ident, "method": method, "params": out}
         try:
@@ -81,8 +86,7 @@ class HttpLink:
                 self._tasks.start(self.notify(CANCELLED, told))
             raise
         if isinstance(message.get("result"), dict):
-            found: dict[str, Any] = message["result"]
-            return found
+            return unmarked(message["result"])
         raise error_from(message.get("error"))
 
     async def notify(self, method: str, params: Mapping[str, Any]) -> None:
@@ -97,8 +101,8 @@ class HttpLink:
         """See `Link`."""
         if self._session and not self.ended.is_set():
             try:
-                async with asyncio.timeout(2.0):
-                    await self._client.delete(self._url, headers=self._lines({}))
+                async with asyncio.timeout(2.0), self._client.stream("DELETE", self._url, headers=self._lines({})):
+                    pass  # whatever it has to say to that is not read
             except (httpx2.HTTPError, TimeoutError):
                 log.debug("the session at %s is left to its own end", self._url)
         self._end("it was closed")
@@ -111,7 +115,7 @@ class HttpLink:
     # One exchange ------------------------------------------------------------------------------
 
     def _lines(self, more: Mapping[str, str]) -> dict[str, str]:
-        made = {**self._headers, "accept": BOTH, "content-type": "application/json"}
+        made = {**self._headers, "accept": BOTH, "accept-encoding": "identity", "content-type": "application/json"}
         if self._session:
             made[SESSION] = self._session
         if self._version:
@@ -129,14 +133,14 @@ class HttpLink:
                 self._end(f"the server at {self._url} does not know our session any more")
                 raise LinkEnded(self.reason)
             if kind == "text/event-stream" and answer.status_code == 200:
-                async for found in events(answer):
+                async for found in events(answer, self._more):
                     message: dict[str, Any] = self._scrub.value(found)
                     if message.get("id") == ident and "method" not in message:
                         return message
                     self._take(message, hear)
                 raise LinkEnded(f"the server at {self._url} ended its answer early")
-            raw = await whole(answer)
-        whole_message: dict[str, Any] | None = self._scrub.value(_object(raw))
+            raw = await whole(answer, self._more)
+        whole_message: dict[str, Any] | None = self._scrub.value(message_of(raw))
         if whole_message is not None and ("result" in whole_message or "error" in whole_message):
             return whole_message
         raise ToolError(f"the server at {self._url} answered HTTP {answer.status_code}", code=UPSTREAM_FAILED)
@@ -153,8 +157,12 @@ class HttpLink:
 
     async def _post(self, body: Mapping[str, Any]) -> None:
         try:
-            async with asyncio.timeout(10.0):
-                await self._client.post(self._url, json=dict(body), headers=self._lines({}))
+            data = json.dumps(body, separators=(",", ":")).encode()
+            async with (
+                asyncio.timeout(10.0),
+                self._client.stream("POST", self._url, content=data, headers=self._lines({})),
+            ):
+                pass  # there is no answer to it, however long it may be
         except (httpx2.HTTPError, TimeoutError) as error:
             log.debug("what was said to %s is lost: %s", self._url, error)
 
@@ -178,40 +186,42 @@ class HttpLink:
             self.ended.set()
 
 
-async def whole(answer: httpx2.Response) -> bytes:
-    """The whole body. Raises ToolError if it is over `MESSAGE_LIMIT`."""
+async def plain(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """A body as it came. Raises ToolError if it is compressed: some bytes could become any number."""
+    if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise ToolError("the server's answer is compressed, which it was not asked for", code=UPSTREAM_FAILED)
+    async for chunk in answer.aiter_raw():
+        yield chunk
+
+
+async def whole(answer: httpx2.Response, more: int = 0) -> bytes:
+    """The whole body. Raises ToolError if it is over `MESSAGE_LIMIT` and `more`."""
     data = bytearray()
-    async for chunk in answer.aiter_bytes():
+    async for chunk in plain(answer):
         data += chunk
-        if len(data) > MESSAGE_LIMIT:
-            raise ToolError(f"the server's answer has more than {MESSAGE_LIMIT} bytes", code=UPSTREAM_FAILED)
+        if len(data) > MESSAGE_LIMIT + more:
+            raise ToolError(f"the server's answer has more than {MESSAGE_LIMIT + more} bytes", code=UPSTREAM_FAILED)
     return bytes(data)
 
 
-async def events(answer: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(answer: httpx2.Response, more: int = 0) -> AsyncIterator[dict[str, Any]]:
     """The messages in a stream of server-sent events; what is none is left out."""
     rest = b""
     data: list[bytes] = []
-    async for chunk in answer.aiter_bytes():
+    size = 0
+    async for chunk in plain(answer):
         rest += chunk
-        if len(rest) + sum(map(len, data)) > MESSAGE_LIMIT:
-            raise ToolError(f"an event has more than {MESSAGE_LIMIT} bytes", code=UPSTREAM_FAILED)
+        if len(rest) + size > MESSAGE_LIMIT + more:
+            raise ToolError(f"an event has more than {MESSAGE_LIMIT + more} bytes", code=UPSTREAM_FAILED)
         # A line may end with CR LF that two chunks share.
         *lines, rest = rest.split(b"\n")
         for line in lines:
             line = line.rstrip(b"\r")
             if line.startswith(b"data:"):
                 data.append(line[5:].removeprefix(b" "))
+                size += len(line)
             elif not line and data:
-                message = _object(b"\n".join(data))
-                data = []
+                message = message_of(b"\n".join(data))
+                data, size = [], 0
                 if message is not None:
                     yield message
-
-
-def _object(raw: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -11,10 +12,12 @@ from weft_protocols.mcp import META_SUBSCRIPTION, UPSTREAM_FAILED
 
 Heard = Callable[[str, dict[str, Any]], None]
 """Gets method and params of a notification. Must not block."""
+OWN: Final = "dev.weft/"
+"""What the names of the mesh's own `_meta` begin with."""
 PROGRESS: Final = "notifications/progress"
 CANCELLED: Final = "notifications/cancelled"
-MESSAGE_LIMIT: Final = 32 * 1024 * 1024
-"""Bytes of one message of a server; one that sends more is cut off."""
+MESSAGE_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes of one message of a server, twice what it may answer by default; one that sends more is cut off."""
 ASKED_AT_ONCE: Final = 100
 """What a server may have asked of us and not been answered; further questions are left out."""
 
@@ -56,6 +59,29 @@ class Link(Protocol):
     async def aclose(self) -> None:
         """Let go of it, process and all. Idempotent."""
         ...
+
+
+def message_of(raw: bytes | bytearray) -> dict[str, Any] | None:
+    """The message in some bytes; None if it is none. What JSON does not know, such as NaN, makes an answer an error."""
+    strange: list[str] = []
+    try:
+        found = json.loads(raw, parse_constant=strange.append)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not strange:
+        return found if isinstance(found, dict) else None
+    if "method" in found:
+        return None
+    told = {"code": UPSTREAM_FAILED, "message": f"the server's answer is not JSON: it has {strange[0]} in it"}
+    return {"jsonrpc": "2.0", "id": found.get("id"), "error": told}
+
+
+def unmarked(value: dict[str, Any]) -> dict[str, Any]:
+    """What a server said without what only the sidecar says: it must not pass for a refusal of ours."""
+    meta = value.get("_meta")
+    if not isinstance(meta, dict) or not any(str(key).startswith(OWN) for key in meta):
+        return value
+    return {**value, "_meta": {key: one for key, one in meta.items() if not str(key).startswith(OWN)}}
 
 
 def with_token(params: Mapping[str, Any], token: str | int) -> tuple[dict[str, Any], str | int | None]:

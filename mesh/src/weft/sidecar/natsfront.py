@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,18 +20,28 @@ from weft_protocols import headers as h
 from weft_protocols import mcp
 from weft_protocols.errors import BrokerError, InvalidName, ToolError, WeftError
 from weft_protocols.mcp import Inbound
+from weft_protocols.subjects import TOKEN
 
 log = logging.getLogger("weft.sidecar")
 
 QUEUE: Final = "sidecar"
 MOST: Final = 4096
 """Requests under way in one sidecar."""
+OF_ONE: Final = 1024
+"""Of these, requests of one caller: whoever asks without end leaves room for others."""
 HEADROOM: Final = 4096
 """Bytes a frame's headers may take."""
-LARGEST: Final = 32 * 1024 * 1024
+LARGEST: Final = 8 * 1024 * 1024
 """Bytes of a request that came as a blob."""
+CALLER: Final = mcp.CALLER_POSITION - 1
 TICK: Final = 5.0
 """Seconds between looks for who must be told that we are still at it, or is not there any more."""
+
+CHAIN: Final = re.compile(
+    r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}(?:,[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}){0,63}\Z"
+)
+"""What `Weft-Chain` may be: its task becomes part of subjects and records."""
+MILLISECONDS: Final = re.compile(r"[0-9]{1,15}\Z")
 
 Own = Callable[[Request], Awaitable[dict[str, Any]]]
 """Answers a method of the mesh's own."""
@@ -75,6 +87,7 @@ class NatsFront:
         self._own = own or {}
         self._revoked = revoked
         self._exchanges: dict[tuple[str, str], _Exchange] = {}
+        self._callers: Counter[bytes] = Counter()
         self._subscriptions: list[Subscription] = []
         self._tasks = Tasks("requests of agents")
         self._ticker = Tasks("keep-alive")
@@ -118,12 +131,19 @@ class NatsFront:
     def _on_request(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if not reply:
             return
-        if self.under_way >= MOST:
+        caller = subject.split(b".", CALLER + 1)[CALLER]
+        if self.under_way >= MOST or self._callers[caller] >= OF_ONE:
             busy = ToolError("this sidecar has enough to do", code=mcp.BUSY, data={"retryAfter": 1})
             self._send(reply.decode(), "err", mcp.error_object(busy))
             return
+        self._callers[caller] += 1
         work = self._serve(subject.decode(errors="replace"), reply.decode(), bytes(data), h.parse(headers))
-        self._tasks.start(work)
+        self._tasks.start(work).add_done_callback(lambda _: self._left(caller))
+
+    def _left(self, caller: bytes) -> None:
+        self._callers[caller] -= 1
+        if not self._callers[caller]:
+            del self._callers[caller]
 
     def _on_control(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         try:
@@ -153,6 +173,9 @@ class NatsFront:
         exchange.caller = inbound.target.caller
         exchange.work = asyncio.current_task()
         exchange.endless = inbound.method == "subscriptions/listen"
+        if token and not TOKEN.match(token):
+            self._send(reply, "err", mcp.error_object(_unreadable(mcp.REQUEST_HEADER)))
+            return
         key = (exchange.caller, token)
         if token and key in self._exchanges:
             twice = ToolError(f"request {token} is under way already", code=mcp.INVALID_REQUEST)
@@ -212,7 +235,7 @@ class NatsFront:
     # Frames ------------------------------------------------------------------------------------
 
     async def _respond(self, exchange: _Exchange, response: dict[str, Any]) -> None:
-        data = json.dumps(response, separators=(",", ":")).encode()
+        data = _encoded(response)
         try:
             if len(data) + HEADROOM <= self._broker.max_payload:
                 self._broker.send(exchange.reply, data, headers=mcp.frame("end"))
@@ -230,7 +253,11 @@ class NatsFront:
             log.warning("an answer for %s is lost: %s", exchange.caller, error)
 
     def _send(self, reply: str, kind: str, body: Any, exchange: _Exchange | None = None) -> None:
-        data = json.dumps(body, separators=(",", ":")).encode() if body is not None else b""
+        try:
+            data = json.dumps(body, separators=(",", ":")).encode() if body is not None else b""
+        except RecursionError:
+            log.warning("a notification that nests too deep is left out")
+            return
         if len(data) + HEADROOM > self._broker.max_payload:
             log.warning("a notification of %d bytes is left out", len(data))
             return
@@ -255,11 +282,16 @@ class NatsFront:
 def _request(inbound: Inbound, token: str, headers: Mapping[str, str]) -> Request:
     """The request of a message. The chain is what the agent says, but its own place in it the broker proved."""
     caller = inbound.target.caller
-    chain = tuple(item for item in headers.get(h.CHAIN.lower(), "").split(",") if item)
+    told = headers.get(h.CHAIN.lower(), "")
+    if told and not CHAIN.match(told):
+        raise _unreadable(h.CHAIN)
+    chain = tuple(told.split(",")) if told else ()
     owner, _, task = chain[-1].partition("/") if chain else ("", "", "")
     if owner != caller:
         chain, task = (), ""
     deadline = headers.get(h.DEADLINE.lower(), "")
+    if deadline and not MILLISECONDS.match(deadline):
+        raise _unreadable(h.DEADLINE)
     return Request(
         caller=caller,
         server=inbound.target.server,
@@ -270,5 +302,18 @@ def _request(inbound: Inbound, token: str, headers: Mapping[str, str]) -> Reques
         task=task,
         chain=chain,
         agent_version=headers.get(mcp.AGENT_VERSION_HEADER.lower(), "")[:64],
-        deadline=int(deadline) / 1000 if deadline.isdigit() else None,
+        deadline=int(deadline) / 1000 if deadline else None,
     )
+
+
+def _unreadable(header: str) -> ToolError:
+    return ToolError(f"the header {header} is not what it should be", code=mcp.INVALID_REQUEST)
+
+
+def _encoded(response: Mapping[str, Any]) -> bytes:
+    """A response as it is sent; one that nests too deep to be written is an error instead."""
+    try:
+        return json.dumps(response, separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        error = {"code": mcp.TOO_LARGE, "message": "the answer cannot be written as JSON"}
+        return json.dumps({"jsonrpc": "2.0", "id": response.get("id"), "error": error}).encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ TWICE: Final = "\n#"
 """In the key of what has a name that is taken: neither can be told from the other when it is called."""
 _VISIBLE: Final = ("\n", "\t")
 _HIDDEN: Final = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+_NAME: Final = re.compile(r"[A-Za-z0-9_./-]{1,128}\Z")
+_ALIKE: Final = str.maketrans({"1": "l", "I": "l", "|": "l", "0": "o", "O": "o", "-": "_", ".": "_"})
 _LARGEST: Final = 32 * 1024 * 1024
 """Bytes of a pin once it is unpacked."""
 
@@ -167,6 +170,33 @@ def hidden(definition: Any) -> list[str]:
         seen = sorted({f"\\u{{{ord(c):04x}}}" for c in text if _is_hidden(c)})
         if seen:
             found.append(f"{escaped(path) or 'text'}: {' '.join(seen)}")
+    return found
+
+
+def oneline(text: str) -> str:
+    """`text` escaped, and in one line, as logs need it."""
+    return escaped(text).replace("\n", "\\n")
+
+
+def suspicious(items: Mapping[str, Any]) -> dict[str, str]:
+    """What should be looked at before it is approved, by key, and why. Keys as in `Listing.items`.
+
+    That is what has characters that nobody sees, a tool whose name MCP would not have, and names that look alike.
+    """
+    found: dict[str, str] = {}
+    alike: dict[str, list[str]] = {}
+    for key, one in items.items():
+        kind, _, name = key.partition(":")
+        if hidden(one):
+            found[key] = "hidden characters"
+        elif kind == "tool" and not _NAME.match(name):
+            found[key] = "a name that is no name of MCP"
+        if kind in ("tool", "prompt"):
+            looks = unicodedata.normalize("NFKC", name).translate(_ALIKE).casefold()
+            alike.setdefault(f"{kind}:{looks}", []).append(key)
+    for keys in alike.values():
+        if len(keys) > 1:
+            found |= {key: found.get(key, "a name like another's") for key in keys}
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from weft.sidecar.guards import Guards
 from weft.sidecar.settings import Limits
 from weft_protocols.errors import ToolError
-from weft_protocols.mcp import CODES, LATE, META_REFUSAL
+from weft_protocols.mcp import CODES, INTERNAL_ERROR, LATE, META_REFUSAL
 
 log = logging.getLogger("weft.sidecar")
 
@@ -169,6 +169,11 @@ class Pipeline:
                     last = passed[-1][1] if passed else call
                     await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun, call=last))
             raise
+        except (
+            Exception
+        ) as error:  # a stage or a server's answer that nobody thought of: all is given back and recorded
+            log.error("%s of %s at %s failed", call.method, call.caller, call.server, exc_info=error)
+            outcome = Outcome(error=_failure(), call=passed[-1][1] if passed else call)
         outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         if outcome.result is not None:
             return dict(outcome.result)
@@ -202,5 +207,13 @@ class Pipeline:
 async def _back(passed: list[tuple[Stage, Call]], outcome: Outcome) -> Outcome:
     while passed:
         stage, call = passed.pop()
-        outcome = await stage.after(call, outcome)
+        try:
+            outcome = await stage.after(call, outcome)
+        except Exception as error:  # the other stages are to give back what they took
+            log.error("%s failed after %s of %s", type(stage).__name__, call.method, call.caller, exc_info=error)
+            outcome = replace(outcome, result=None, error=_failure())
     return outcome
+
+
+def _failure() -> ToolError:
+    return ToolError("the sidecar failed; its log says why", code=INTERNAL_ERROR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
@@ -16,7 +17,7 @@ from weft.core.toolstore import ToolStore
 from weft.sidecar.aggregate import Aggregate
 from weft.sidecar.arguments import Arguments
 from weft.sidecar.backend import Request
-from weft.sidecar.events import Events
+from weft.sidecar.events import Events, Paced
 from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
 from weft.sidecar.link import Heard, known_as
@@ -55,6 +56,7 @@ LISTS: Final = {
 FORWARDED: Final = (
     "tools/call", "prompts/get", "resources/read", "resources/list", "completion/complete", "subscriptions/listen",
 )  # fmt: skip
+VERSION_TEXT: Final = re.compile(r"[A-Za-z0-9.+_-]{1,40}\Z")
 STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
 
@@ -148,6 +150,7 @@ class Plane:
     async def one(self, request: Request, heard: Heard) -> dict[str, Any]:
         """A request to one server, names being its own."""
         served = self.served(request.server)
+        heard = Paced(heard, request.server)
         if request.method == "ping":
             return {}
         if request.method == "server/discover":
@@ -198,7 +201,8 @@ class Plane:
         made: dict[str, Any] = {
             "supportedVersions": [VERSION],
             "capabilities": capabilities,
-            "_meta": {"io.modelcontextprotocol/serverInfo": {"name": served.name, "version": "", **identity.info}},
+            # A name, title or description of its own is pinned by nobody, and could be another server's.
+            "_meta": {"io.modelcontextprotocol/serverInfo": {"name": served.name, "version": _version(identity.info)}},
         }
         if identity.instructions and not served.catalog.why("instructions"):
             made["instructions"] = identity.instructions
@@ -313,3 +317,9 @@ class Plane:
                 log.debug("another sidecar pinned %s first", name)
             record = await self.store.pins.get(name)
         return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """A server's version as it says it, if it looks like one."""
+    told = info.get("version")
+    return told if isinstance(told, str) and VERSION_TEXT.match(told) else ""

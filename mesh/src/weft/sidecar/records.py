@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -20,6 +21,7 @@ from weft.core.supervise import Tasks
 from weft.policy.redaction import MARK, Redactor
 from weft.sidecar import owed
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
+from weft.sidecar.weight import aside, heavy
 from weft_protocols import headers as h
 from weft_protocols.audit import AuditRecord, Kind, digest
 from weft_protocols.errors import BrokerError, TooLarge
@@ -71,15 +73,20 @@ class Recorder:
             str(call.facts.get(_ID) or uuid.uuid4().hex),
             int(time.time() * 1000),
             self.by,
-            who=_who(call),
-            what=self._what(call),
-            why=why,
+            who=_json(_who(call)),
+            what=_json(self._what(call)),
+            why=_json(why),
             how={
                 "sandbox": call.facts.get(owed.SANDBOX),
                 "deadline": int(call.deadline * 1000) if call.deadline is not None else None,
             },
-            outcome=_outcome(call, outcome) if outcome is not None else {},
+            outcome=_json(_outcome(call, outcome)) if outcome is not None else {},
         )
+
+    async def written(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
+        """The same, without holding up others where much is to be digested."""
+        result = outcome.result if outcome is not None else None
+        return await aside(self.made, kind, call, outcome, large=heavy(call.arguments) or heavy(result))
 
     async def store(self, record: AuditRecord, *, timeout: float) -> None:
         """Store a record. Raises BrokerError if it is not known to be stored, ValueError if it cannot be."""
@@ -105,7 +112,7 @@ class Recorder:
     async def _kept(self, record: AuditRecord) -> None:
         try:
             await self.store(record, timeout=15.0)
-        except (BrokerError, ValueError) as error:
+        except (BrokerError, ValueError, RecursionError) as error:
             self.lost += 1
             log.error("audit record %s of %s is not stored: %s", record.kind, record.id, error)
 
@@ -120,7 +127,8 @@ class Recorder:
         if arguments:
             made["arguments"] = digest(arguments)
         if arguments and call.guards.show_arguments:
-            shown = _json(self._redactor.value(arguments))
+            shown = arguments if len(json.dumps(arguments)) <= 2 * SHOWN else None
+            shown = _json(self._redactor.value(shown))
             made["shown"] = shown if len(json.dumps(shown)) <= SHOWN else None
         return made
 
@@ -141,7 +149,7 @@ class Recorded(Passing):
         stored = owed.RECORD in last.facts or owed.REPLAYED in last.facts
         if call.method in RECORDED or outcome.refused is not None:
             kind: Kind = "outcome" if stored or outcome.refused is None else "denial"
-            await self._recorder.store_later(self._recorder.made(kind, last, outcome))
+            await self._recorder.store_later(await self._recorder.written(kind, last, outcome))
         return outcome
 
 
@@ -155,14 +163,14 @@ class Intended(Passing):
         """Refuse what cannot be recorded."""
         if call.method not in RECORDED:
             return call
-        record = self._recorder.made("intent", call)
         try:
+            record = await self._recorder.written("intent", call)
             await self._recorder.store(record, timeout=BEFORE)
-        except (BrokerError, ValueError, TooLarge) as error:
+        except (BrokerError, ValueError, RecursionError, TooLarge) as error:
             log.error("the intent of a call of %s is not stored: %s", call.caller, error)
             if call.guards.required:
                 return Refusal(UNRECORDED, "the call could not be recorded and is not made; try again", in_band=True)
-        return call.with_fact(owed.RECORD, record.id)
+        return call.with_fact(owed.RECORD, call.facts.get(_ID, ""))
 
 
 def _who(call: Call) -> dict[str, Any]:
@@ -181,12 +189,15 @@ def _outcome(call: Call, outcome: Outcome) -> dict[str, Any]:
     if outcome.result is not None:
         failed = outcome.result.get("isError") is True
         replayed = call.facts.get(owed.REPLAYED)
-        data = json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False)
+        try:
+            data = json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False)
+        except RecursionError:  # just too deep for here, though not for where it was measured
+            data = ""
         return made | {
             "status": "replayed" if replayed else "failed" if failed else "ok",
-            "bytes": len(data.encode()),
+            "bytes": len(data.encode(errors="backslashreplace")),
             "redactions": data.count(MARK) or None,
-            "result": digest(dict(outcome.result)),
+            "result": digest(dict(outcome.result)) if data else "",
         }
     if outcome.cancelled:
         return made | {"status": "cancelled"}
@@ -202,8 +213,12 @@ def _outcome(call: Call, outcome: Outcome) -> dict[str, Any]:
 
 def _json(value: Any) -> Any:
     """A JSON value that has a canonical form: what has none is text."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _json(one) for key, one in value.items()}
+        return {str(_json(str(key))): _json(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_json(one) for one in value]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**53 - 1:

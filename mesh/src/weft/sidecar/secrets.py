@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
+import json
 import os
+import re
 import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +28,7 @@ COMMAND_WITHIN: Final = 15.0
 """Seconds a command has to print a secret."""
 LARGEST: Final = 64 * 1024
 REPLACED: Final = f"{MARK}secret]"
+_ESCAPES: Final = re.compile("%[0-9A-F]{2}")
 _COMMAND_ENV: Final = ("PATH", "HOME", "LANG", "USER", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "SSH_AUTH_SOCK")
 
 
@@ -97,7 +101,7 @@ async def _printed(command: tuple[str, ...], where: str) -> str:
 
 
 class Scrubber:
-    """Takes known secrets out of texts and JSON values, also where they are encoded: base64, hex, URL.
+    """Takes known secrets out of texts and JSON values, also where they are encoded: base64, hex, URL, JSON, HTML.
 
     Args:
         values: the secrets; those under `SHORTEST` characters are not looked for.
@@ -138,7 +142,10 @@ class Scrubber:
 def _forms(value: str) -> Iterable[str]:
     """How a secret may be written."""
     raw = value.encode()
-    made = {value, quote(value, safe=""), quote(value), quote_plus(value), raw.hex(), raw.hex().upper()}
+    quoted = {quote(value, safe=""), quote(value), quote_plus(value)}
+    small = {_ESCAPES.sub(lambda found: found[0].lower(), one) for one in quoted}
+    within = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], html.escape(value)}
+    made = {value, *quoted, *small, *within, raw.hex(), raw.hex().upper()}
     for before in range(3):
         made |= _inside_base64(raw, before)
     return {form for form in made if len(form) >= SHORTEST}

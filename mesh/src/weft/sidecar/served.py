@@ -12,9 +12,10 @@ from typing import Any, Final
 from weft.core.supervise import Tasks
 from weft.core.toolsconf import ToolServer
 from weft.sidecar.link import Heard, LinkEnded
-from weft.sidecar.pins import Listing, Pin, Verdict, compare, digest, hidden
+from weft.sidecar.pins import Listing, Pin, Verdict, compare, digest, oneline, suspicious
 from weft.sidecar.session import OWN_META, Identity, Session
 from weft.sidecar.upstream import Connect, Upstream
+from weft.sidecar.weight import measured
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import LATE, METHOD_NOT_FOUND, UPSTREAM_FAILED
 
@@ -22,6 +23,14 @@ log = logging.getLogger("weft.sidecar")
 
 PAGES: Final = 100
 """Pages of a listing that are read; a server with more is cut off."""
+DEFINITION: Final = 256 * 1024
+"""Bytes of one definition."""
+LISTING: Final = 2 * 1024 * 1024
+"""Bytes of all of one kind."""
+DEEPEST: Final = 64
+"""Levels of lists and objects in a definition."""
+REST: Final = 10.0
+"""Times as long as it took to judge definitions, a server that says they changed is not asked again."""
 SETTLES: Final = 0.2
 """Seconds in which what was just read is not read again, however often a server says that it changed."""
 CHANGES: Final = {
@@ -95,6 +104,7 @@ class Served:
         self._items: dict[str, Any] = {}
         self._reading = asyncio.Lock()
         self._stale = False
+        self._settles = SETTLES
         self._tasks = Tasks(f"catalog of {server.name}")
 
     @property
@@ -121,7 +131,7 @@ class Served:
         """
         catalog = self.catalog
         age = time.monotonic() - catalog.read
-        if catalog.identity is None or (self._stale and age > SETTLES):
+        if catalog.identity is None or (self._stale and age > self._settles):
             await self.refresh()
         elif age > self.upstream.limits.refresh and not self._reading.locked():
             self._tasks.start(self._refresh_quietly(), name=f"reading what {self.name} offers")
@@ -129,7 +139,7 @@ class Served:
 
     async def look_again(self) -> None:
         """Somebody asks for what is not known: read the definitions again, unless that was just done."""
-        if time.monotonic() - self.catalog.read > SETTLES:
+        if time.monotonic() - self.catalog.read > self._settles:
             await self.refresh()
 
     async def refresh(self) -> None:
@@ -176,20 +186,22 @@ class Served:
 
     async def _pin_first(self, listing: Listing) -> None:
         """Approve what is seen first, but for what has characters that nobody sees."""
-        suspicious = {key for key, one in listing.items.items() if hidden(one)}
-        for key in sorted(suspicious):
-            log.warning("%s: %s has hidden characters and is not approved by itself", self.name, key)
-        items = {key: one for key, one in listing.items.items() if key not in suspicious}
+        odd = suspicious(listing.items)
+        for key, why in sorted(odd.items()):
+            log.warning("%s: %s has %s and is not approved by itself", self.name, oneline(key), why)
+        items = {key: one for key, one in listing.items.items() if key not in odd}
         self.pin, self.pin_sequence = await self._remember(self.name, Pin(items, "first-use", time.time()))
 
     def _judge(self, listing: Listing, identity: Identity | None, read: float) -> None:
+        begun = time.monotonic()
         verdict = compare(self.pin, listing) if identity is not None else Verdict()
         self._items = listing.items
         digests = {key: digest(one) for key, one in self._items.items()}
+        self._settles = max(SETTLES, REST * (time.monotonic() - begun))
         before, self.catalog = self.catalog, Catalog(listing, verdict, identity, read, digests)
         if verdict != before.verdict and not verdict.clean:
             held = [key for key in self._items if verdict.why(key)]
-            log.warning("%s: in quarantine until approved: %s", self.name, ", ".join(held[:20]))
+            log.warning("%s: in quarantine until approved: %s", self.name, oneline(", ".join(held[:20])))
 
     async def _listen(self, session: Session) -> None:
         """Hear of changes as long as the session lasts; a server that tells of none is read again by age."""
@@ -204,7 +216,7 @@ class Served:
     def _heard(self, method: str, params: dict[str, Any]) -> None:
         if method in CHANGES:
             self._stale = True
-            if not self._reading.locked() and time.monotonic() - self.catalog.read > SETTLES:
+            if not self._reading.locked() and time.monotonic() - self.catalog.read > self._settles:
                 self._tasks.start(self._refresh_quietly(), name=f"reading what {self.name} offers")
         self._on_event(self.name, method, params)
 
@@ -224,8 +236,12 @@ class Served:
 
 
 async def pages(session: Session, method: str, part: str) -> AsyncIterator[Mapping[str, Any]]:
-    """Every item of a listing, page by page. A method the server does not know after all lists nothing."""
+    """Every item of a listing, page by page. A method the server does not know after all lists nothing.
+
+    What is too large or nests too deep to be a definition is left out. Raises ToolError if it is too much altogether.
+    """
     cursor: str | None = None
+    room = LISTING
     for _ in range(PAGES):
         params: dict[str, Any] = {"_meta": dict(OWN_META)}
         if cursor is not None:
@@ -240,8 +256,14 @@ async def pages(session: Session, method: str, part: str) -> AsyncIterator[Mappi
             raise
         found = told.get(part)
         for one in found if isinstance(found, list) else ():
-            if isinstance(one, dict):
-                yield one
+            size = measured(one, DEEPEST) if isinstance(one, dict) else None
+            if size is None or size > DEFINITION:
+                log.warning("an item of %s is left out: it is too large, too deep or no object", method)
+                continue
+            room -= size
+            if room < 0:
+                raise ToolError(f"{method} has more than {LISTING} bytes", code=UPSTREAM_FAILED)
+            yield one
         cursor = told.get("nextCursor")
         if not isinstance(cursor, str):
             return

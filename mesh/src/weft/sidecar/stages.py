@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
-from weft_protocols.mcp import BUSY, CIRCUIT_OPEN, INVALID_PARAMS, LATE, QUARANTINED, TOO_LARGE, UPSTREAM_FAILED
+from weft.sidecar.weight import measured
+from weft_protocols.mcp import (
+    BUSY,
+    CIRCUIT_OPEN,
+    INVALID_PARAMS,
+    LATE,
+    QUARANTINED,
+    TOO_LARGE,
+    UPSTREAM_FAILED,
+    error_object,
+)
 
 ENDLESS: Final = ("subscriptions/listen",)
 """Methods that end when their caller leaves, and count as no call under way."""
+DEEPEST: Final = 200
+"""Levels of lists and objects in an answer: readers of JSON give up at some thousand, in deep stacks before."""
 KINDS: Final = {"tools/call": "tool", "prompts/get": "prompt"}
 """Methods that use what has a definition, and its kind."""
 
@@ -58,22 +70,22 @@ class Pinned(Passing):
 
 
 class ResponseSize(Passing):
-    """A result is no larger than its server may answer."""
+    """What a server answers, a result or an error, is no larger than it may be and nests no deeper than others read."""
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
-        """Put an error in place of a result that is."""
-        if outcome.result is None:
+        """Put an error in place of what is."""
+        answer: Any = outcome.result
+        if answer is None and outcome.refused is None and outcome.error is not None:
+            answer = error_object(outcome.error)
+        if answer is None:
             return outcome
-        size = len(json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False).encode())
-        if size <= call.limits.response_bytes:
+        size, limit, what = measured(answer, DEEPEST), call.limits.response_bytes, call.name or call.method
+        if size is not None and size <= limit:
             return outcome
-        refusal = Refusal(
-            TOO_LARGE,
-            f"the result of {call.name or call.method} has {size} bytes; {call.server} may answer "
-            f"{call.limits.response_bytes}",
-            {"size": size, "limit": call.limits.response_bytes},
-            in_band=True,
-        )
+        told = f"the answer of {what} has {size} bytes; {call.server} may answer {limit}"
+        if size is None:
+            told = f"the answer of {what} nests deeper than {DEEPEST} levels"
+        refusal = Refusal(TOO_LARGE, told, {"size": size, "limit": limit} if size is not None else {}, in_band=True)
         return replace(outcome, result=None, error=refusal.error, refused=refusal)
 
 
@@ -125,12 +137,16 @@ class Breaker:
 
 @dataclass(slots=True)
 class _Places:
-    taken: int = 0
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)
+    taken: Counter[str] = field(default_factory=Counter)
+    """How many each caller has."""
+    waiting: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
 
 
 class Concurrency:
-    """So many calls of one server are under way at once; others wait a little."""
+    """So many calls of one server are under way at once; others wait a little.
+
+    A place that becomes free is given to the caller who has the fewest: one who asks much keeps nobody out.
+    """
 
     def __init__(self) -> None:
         self._places: dict[str, _Places] = {}
@@ -140,17 +156,18 @@ class Concurrency:
         if call.method in ENDLESS:
             return call
         places = self._places.setdefault(call.server, _Places())
-        if places.taken < call.limits.concurrency:
-            places.taken += 1
+        if places.taken.total() < call.limits.concurrency:
+            places.taken[call.caller] += 1
             return call
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        places.waiting.append(turn)
+        place = (call.caller, turn)
+        places.waiting.append(place)
         try:
             async with asyncio.timeout(call.limits.queue_timeout):
                 await turn
         except TimeoutError:
             if turn.done() and not turn.cancelled():
-                self._free(places)
+                self._free(places, call.caller)
             return Refusal(
                 BUSY,
                 f"{call.server} has {call.limits.concurrency} calls under way; try again later",
@@ -159,24 +176,27 @@ class Concurrency:
             )
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._free(places)
+                self._free(places, call.caller)
             raise
         finally:
-            if turn in places.waiting:
-                places.waiting.remove(turn)
+            if place in places.waiting:
+                places.waiting.remove(place)
         return call
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Give the place to whoever waits longest."""
         if call.method not in ENDLESS:
-            self._free(self._places[call.server])
+            self._free(self._places[call.server], call.caller)
         return outcome
 
     @staticmethod
-    def _free(places: _Places) -> None:
-        while places.waiting:
-            turn = places.waiting.pop(0)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        places.taken -= 1
+    def _free(places: _Places, caller: str) -> None:
+        places.taken[caller] -= 1
+        if not places.taken[caller]:
+            del places.taken[caller]
+        places.waiting = [place for place in places.waiting if not place[1].done()]
+        if places.waiting:
+            place = min(places.waiting, key=lambda one: places.taken[one[0]])
+            places.waiting.remove(place)
+            places.taken[place[0]] += 1
+            place[1].set_result(None)

@@ -27,9 +27,12 @@ from weft.sidecar.link import (
     Heard,
     LinkEnded,
     answer_to,
+    message_of,
     restored,
+    unmarked,
     with_token,
 )
+from weft.sidecar.pins import escaped
 from weft.sidecar.secrets import Scrubber
 from weft_protocols.mcp import META_SUBSCRIPTION, error_from
 
@@ -58,6 +61,8 @@ class ProcessCommand:
     env: Mapping[str, str] = field(default_factory=dict)
     """Besides `INHERITED`."""
     cwd: str | None = None
+    more: int = 0
+    """Bytes by which its messages may be larger than `MESSAGE_LIMIT`."""
     jailed: bool = False
     """Whether `argv` begins with `weft.sidecar.jail`, which ends what the command leaves behind when it is told to."""
 
@@ -121,8 +126,8 @@ class StdioLink:
 
     @property
     def last_words(self) -> str:
-        """The end of what it wrote to standard error."""
-        return self._scrub.text(self._last_words.decode(errors="replace").strip())
+        """The end of what it wrote to standard error, with what nobody would see written out."""
+        return escaped(self._scrub.text(self._last_words.decode(errors="replace").strip()))
 
     async def request(
         self, method: str, params: Mapping[str, Any], *, heard: Heard | None = None, headers: Mapping[str, str]
@@ -186,9 +191,10 @@ class StdioLink:
                 rest = bytearray(last)
                 for line in lines:
                     if line.strip():
-                        self._take(line)
-            if len(rest) > MESSAGE_LIMIT:
-                self._end(f"it wrote a line of more than {MESSAGE_LIMIT} bytes")
+                        self._take_safely(line)
+            most = MESSAGE_LIMIT + self._command.more
+            if len(rest) > most:
+                self._end(f"it wrote a line of more than {most} bytes")
                 break
         # Its output can end before the process does, and a child of it can hold the output open after.
         await self._gone(process, (signal.SIGTERM,) if self.ended.is_set() else (None, signal.SIGTERM))
@@ -197,17 +203,23 @@ class StdioLink:
         self._end(f"tool server {self._command.name} ended with {code}{words}")
         self._kill()
 
-    def _take(self, line: bytes) -> None:
+    def _take_safely(self, line: bytes) -> None:
+        """Take a line; one that nests so deep that it cannot be worked on is none."""
         try:
-            message = self._scrub.value(json.loads(line))
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
+            self._take(line)
+        except RecursionError:
+            self.garbage += 1
+            log.warning("%s wrote a message that nests too deep", self._command.name)
+
+    def _take(self, line: bytes) -> None:
+        message = message_of(line)
+        if message is None:
             self.garbage += 1
             if self.garbage <= GARBAGE:
                 shown = self._scrub.text(line.decode(errors="replace"))[:200]
                 log.warning("%s wrote what is no message: %r", self._command.name, shown)
             return
+        message = self._scrub.value(message)
         if "method" in message:
             if "id" in message:
                 if len(self._tasks) < ASKED_AT_ONCE:
@@ -215,11 +227,11 @@ class StdioLink:
             else:
                 self._hear(str(message["method"]), message.get("params"))
             return
-        pending = self._pending.get(message["id"]) if isinstance(message.get("id"), int) else None
+        pending = self._pending.get(message["id"]) if type(message.get("id")) is int else None
         if pending is None or pending.done.done():
             return
         if isinstance(message.get("result"), dict):
-            pending.done.set_result(message["result"])
+            pending.done.set_result(unmarked(message["result"]))
         else:
             pending.done.set_exception(error_from(message.get("error")))
 
@@ -243,7 +255,7 @@ class StdioLink:
         if pending is None:
             self._on_event(method, made)
         elif pending.heard is not None:
-            pending.heard(method, restored(made, pending.token))
+            pending.heard(method, unmarked(restored(made, pending.token)))
 
     async def _answer(self, message: dict[str, Any]) -> None:
         try:

@@ -12,10 +12,11 @@ from weft.core.supervise import Tasks
 from weft.core.toolsconf import ToolServer
 from weft.sidecar.guards import Guards, guards_of
 from weft.sidecar.link import Heard, Link, LinkEnded
+from weft.sidecar.pins import escaped, oneline
 from weft.sidecar.sandbox import NONE, Level, choose
 from weft.sidecar.session import Session, open_session
 from weft.sidecar.settings import Limits, limits_of
-from weft_protocols.errors import InvalidConfig, ToolError
+from weft_protocols.errors import InvalidConfig, ToolError, WeftError
 from weft_protocols.mcp import UPSTREAM_FAILED
 
 log = logging.getLogger("weft.sidecar")
@@ -62,7 +63,7 @@ class Upstream:
         self._opened = opened
         self._on_event = on_event
         self._sessions: list[Session] = []
-        self._opening = asyncio.Lock()
+        self._starting: asyncio.Task[Session | ToolError] | None = None
         self._era = server.era
         self._pause = 0.0
         self._not_before = 0.0
@@ -111,6 +112,9 @@ class Upstream:
     async def aclose(self) -> None:
         """End every session, process and all."""
         self._closed = True
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait((self._starting,))
         sessions, self._sessions = self._sessions, []
         async with asyncio.TaskGroup() as group:
             for session in sessions:
@@ -118,14 +122,30 @@ class Upstream:
         await self._tasks.aclose()
 
     async def _session(self) -> Session:
-        found = self._free()
-        if found is not None:
-            return found
-        async with self._opening:
+        """A session for one more. Whoever waits may leave: it is opened all the same, for those who come next."""
+        while True:
             found = self._free()
             if found is not None:
                 return found
+            if self._starting is None:
+                self._starting = self._tasks.start(self._start(), name=f"start of {self.server.name}")
+            made = await asyncio.shield(self._starting)
+            if isinstance(made, ToolError):
+                raise ToolError(str(made), code=made.code, data=made.data)
+            if not made.busy:
+                return made
+
+    async def _start(self) -> Session | ToolError:
+        try:
             return await self._open()
+        except ToolError as error:
+            return error
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            return ToolError(f"{self.server.name} was removed", code=UPSTREAM_FAILED)
+        finally:
+            self._starting = None
 
     def _free(self) -> Session | None:
         """The least busy session, unless one more may be started for it."""
@@ -153,6 +173,8 @@ class Upstream:
             raise self._failed(f"it did not say who it is within {self.limits.start_timeout:g} s") from None
         except ToolError as error:
             raise self._failed(str(error)) from None
+        except (WeftError, ValueError, RecursionError) as error:
+            raise self._failed(f"what it offers cannot be taken: {error}") from error
         self._pause, self._failure = 0.0, ""
         self._sessions.append(session)
         self._tasks.start(self._watch(session), name=f"session of {self.server.name}")
@@ -181,9 +203,10 @@ class Upstream:
     def _failed(self, reason: str) -> ToolError:
         self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
         self._not_before = _now() + self._pause
-        self._failure = reason
+        self._failure = escaped(reason)
         self._era = self.server.era  # it may be another one when it comes back
-        log.warning("tool server %s cannot be used: %s", self.server.name, reason)
+        reason = escaped(reason)
+        log.warning("tool server %s cannot be used: %s", self.server.name, oneline(reason))
         return ToolError(f"{self.server.name}: {reason}", code=UPSTREAM_FAILED, data={"retryAfter": self._pause})
 
     async def _watch(self, session: Session) -> None:
@@ -200,7 +223,7 @@ class Upstream:
                     return
         if session in self._sessions:
             self.restarts += 1
-            log.warning("tool server %s: %s", self.server.name, session.link.reason)
+            log.warning("tool server %s: %s", self.server.name, oneline(session.link.reason))
         await self._put_away(session)
 
     async def _put_away(self, session: Session) -> None:

@@ -36,7 +36,7 @@ from weft_protocols.mcp import EVERY
 log = logging.getLogger("weft.sidecar")
 
 HOST: Final = "127.0.0.1"
-LARGEST: Final = 16 * 1024 * 1024
+LARGEST: Final = 8 * 1024 * 1024
 """Bytes of a request's body."""
 ASKER: Final = "weft.asker"
 CLOSING: Final = 2.0
