@@ -7,13 +7,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
+import aiohttp
 import pytest
 
 from weft.core.toolsconf import ToolServer
 from weft.policy.egress import Egress
 from weft.sidecar.egress import Clients
 from weft.sidecar.guards import guards_of
+from weft.sidecar.http import HttpLink
 from weft_protocols.errors import InvalidConfig, ToolError
 
 pytestmark = pytest.mark.anyio
@@ -49,13 +50,16 @@ class Names:
 
 
 async def get(clients: Clients, egress: Egress, url: str) -> int:
-    return (await clients.of(egress).get(url)).status_code
+    async with clients.of(egress).get(url, allow_redirects=False) as answer:
+        return answer.status
 
 
 async def test_a_name_that_leads_to_a_private_address_is_not_called(served: tuple[int, list[str]]) -> None:
     port, asked = served
     clients = Clients(Names(["127.0.0.1"]))
-    with pytest.raises(httpx2.ConnectError, match=r"inside\.example resolves to 127.0.0.1, which is not a public"):
+    with pytest.raises(
+        aiohttp.ClientConnectorError, match=r"inside\.example resolves to 127.0.0.1, which is not a public"
+    ):
         await get(clients, Egress(), f"http://inside.example:{port}/")
     assert not asked
     await clients.aclose()
@@ -63,7 +67,7 @@ async def test_a_name_that_leads_to_a_private_address_is_not_called(served: tupl
 
 async def test_one_private_address_among_public_ones_is_enough(served: tuple[int, list[str]]) -> None:
     clients = Clients(Names(["93.184.216.34", "127.0.0.1"]))
-    with pytest.raises(httpx2.ConnectError, match="not a public"):
+    with pytest.raises(aiohttp.ClientConnectorError, match="not a public"):
         await get(clients, Egress(), f"http://mixed.example:{served[0]}/")
     await clients.aclose()
 
@@ -80,8 +84,14 @@ async def test_a_second_answer_of_the_name_server_leads_nowhere(served: tuple[in
 
 
 async def test_no_redirect_is_followed(served: tuple[int, list[str]]) -> None:
+    port, asked = served
     clients = Clients(Names(["127.0.0.1"]))
-    assert await get(clients, Egress.of({"allow_private": True}), f"http://redirects.example:{served[0]}/") == 302
+    client = clients.of(Egress.of({"allow_private": True}))
+    link = HttpLink(client, f"http://redirects.example:{port}/", headers={}, on_event=lambda *_: None)
+    with pytest.raises(ToolError, match="answered HTTP 302"):
+        await link.request("tools/list", {}, headers={})
+    assert len(asked) == 1
+    await link.aclose()
     await clients.aclose()
 
 
@@ -90,7 +100,7 @@ async def test_no_connection_of_one_servers_rules_is_used_by_another(served: tup
     clients = Clients(Names(["127.0.0.1"]))
     url = f"http://shared.example:{port}/"
     assert await get(clients, Egress.of({"allow": ["shared.example"]}), url) == 302
-    with pytest.raises(httpx2.ConnectError):
+    with pytest.raises(aiohttp.ClientConnectorError):
         await get(clients, Egress(), url)
     assert clients.of(Egress()) is clients.of(Egress())
     await clients.aclose()

@@ -74,7 +74,7 @@ def _grace() -> float:
 def main() -> int:
     """Run; the exit code."""
     process.log_to_stderr()
-    for noisy in ("uvicorn.error", "httpx2", "mcp"):
+    for noisy in ("uvicorn.error", "mcp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if missing := missing_modules():

@@ -7,12 +7,13 @@ Servers share connections only where they have the same rules.
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Iterable
-from typing import Any, Final
+import errno
+import socket
+from typing import Final
 
-import httpcore2
+import aiohttp
 import httpx2
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from weft.core.resolver import Resolver, SystemResolver
 from weft.policy.egress import Egress, Refused
@@ -20,6 +21,8 @@ from weft.policy.egress import Egress, Refused
 CONNECTIONS: Final = 256
 CONNECT: Final = 10.0
 """Seconds until a connection is there."""
+IDLE: Final = 60.0
+"""Seconds an unused connection is kept."""
 
 
 class Clients:
@@ -32,18 +35,24 @@ class Clients:
     def __init__(self, resolve: Resolver | None = None) -> None:
         self._system = SystemResolver("egress-resolver") if resolve is None else None
         self._resolve = resolve or self._system or SystemResolver()
-        self._tls = httpx2.create_ssl_context(trust_env=False)
-        self._clients: dict[Egress, httpx2.AsyncClient] = {}
+        self._tls = httpx2.create_ssl_context(trust_env=False)  # trusts whom MCP's own SDK trusts
+        self._clients: dict[Egress, aiohttp.ClientSession] = {}
 
-    def of(self, egress: Egress) -> httpx2.AsyncClient:
+    def of(self, egress: Egress) -> aiohttp.ClientSession:
         """The client with these rules. No time limit of its own: calls have theirs."""
         found = self._clients.get(egress)
         if found is None:
-            backend = CheckedBackend(self._resolve, egress)
-            found = self._clients[egress] = httpx2.AsyncClient(
-                transport=_transport(backend, self._tls),
-                timeout=httpx2.Timeout(None, connect=CONNECT, pool=CONNECT),
-                follow_redirects=False,
+            found = self._clients[egress] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    resolver=CheckedResolver(self._resolve, egress),
+                    use_dns_cache=False,
+                    ssl=self._tls,
+                    limit=CONNECTIONS,
+                    keepalive_timeout=IDLE,
+                ),
+                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
                 trust_env=False,
             )
         return found
@@ -51,65 +60,43 @@ class Clients:
     async def aclose(self) -> None:
         """Close all connections."""
         for client in self._clients.values():
-            await client.aclose()
+            await client.close()
         if self._system is not None:
             self._system.close()
 
 
-def _transport(backend: httpcore2.AsyncNetworkBackend, tls: ssl.SSLContext) -> httpx2.AsyncHTTPTransport:
-    """The library's transport over a pool that connects through `backend`, which it has no option for."""
-    made = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
-    made._pool = httpcore2.AsyncConnectionPool(
-        ssl_context=tls,
-        max_connections=CONNECTIONS,
-        max_keepalive_connections=CONNECTIONS,
-        keepalive_expiry=60.0,
-        network_backend=backend,
-    )
-    return made
-
-
-class CheckedBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to addresses that were checked, and to nothing else."""
+class CheckedResolver(AbstractResolver):
+    """Resolves names to addresses that may be called, and to nothing else. An address in a URL is checked before."""
 
     def __init__(self, resolve: Resolver, egress: Egress) -> None:
         self._resolve = resolve
         self._egress = egress
-        self._inner = httpcore2.AnyIOBackend()
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        """A connection to one of the host's addresses. Refused if any of them may not be called."""
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """The host's addresses. OSError if it has none, or any of them may not be called."""
         try:
             addresses = await self._resolve(host, port)
         except OSError as error:
-            raise httpcore2.ConnectError(f"{host} cannot be resolved: {error.strerror or error}") from error
+            raise OSError(error.errno, f"{host} cannot be resolved: {error.strerror or error}") from error
         if not addresses:
-            raise httpcore2.ConnectError(f"{host} has no address")
+            raise OSError(errno.EADDRNOTAVAIL, f"{host} has no address")
         try:
             self._egress.check_addresses(host, addresses)
         except Refused as error:
-            raise httpcore2.ConnectError(str(error)) from None
-        failure: Exception | None = None
-        for address in addresses:
-            try:
-                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-        raise failure or httpcore2.ConnectError(f"{host} cannot be reached")
+            raise OSError(errno.EACCES, str(error)) from None
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for address in addresses
+        ]
 
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> httpcore2.AsyncNetworkStream:
-        """Never: servers at addresses are reached over the network."""
-        raise httpcore2.ConnectError("sockets of this machine are not called")
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        await self._inner.sleep(seconds)
+    async def close(self) -> None:
+        """Nothing: what resolves is shared."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
-import httpx2
+import aiohttp
 
 from weft.core.supervise import Tasks
 from weft.sidecar.link import (
@@ -31,6 +33,10 @@ log = logging.getLogger("weft.sidecar")
 
 SESSION: Final = "mcp-session-id"
 BOTH: Final = "application/json, text/event-stream"
+FAILURES: Final = (aiohttp.ClientError, TimeoutError)
+"""What a request can raise."""
+LARGE: Final = 1 << 20
+"""Bytes from which a body is sent piece by piece."""
 LISTEN_AGAIN: Final = 5.0
 """Seconds before a lost event stream of the earlier era is opened again."""
 
@@ -40,7 +46,7 @@ class HttpLink:
 
     def __init__(
         self,
-        client: httpx2.AsyncClient,
+        client: aiohttp.ClientSession,
         url: str,
         *,
         headers: Mapping[str, str],
@@ -53,6 +59,8 @@ class HttpLink:
         self._client = client
         self._url = url
         self._headers = dict(headers)
+        if wrong := [name for name, value in headers.items() if not value.isprintable()]:
+            raise LinkEnded(f"header {', '.join(wrong)} of {url} has a line break or another control character in it")
         self._on_event = on_event
         self._scrub = scrub or Scrubber()
         self._more = more
@@ -78,7 +86,7 @@ class HttpLink:
         body = {"jsonrpc": "2.0", "id": ident, "method": method, "params": out}
         try:
             message = await self._exchange(ident, body, hear, headers)
-        except httpx2.HTTPError as error:
+        except FAILURES as error:
             raise LinkEnded(f"{self._url}: {error or type(error).__name__}") from None
         except asyncio.CancelledError:
             if self._session and method != "initialize":
@@ -101,9 +109,9 @@ class HttpLink:
         """See `Link`."""
         if self._session and not self.ended.is_set():
             try:
-                async with asyncio.timeout(2.0), self._client.stream("DELETE", self._url, headers=self._lines({})):
+                async with asyncio.timeout(2.0), self._ask("DELETE", {}):
                     pass  # whatever it has to say to that is not read
-            except (httpx2.HTTPError, TimeoutError):
+            except FAILURES:
                 log.debug("the session at %s is left to its own end", self._url)
         self._end("it was closed")
         await self._tasks.aclose()
@@ -122,17 +130,26 @@ class HttpLink:
             made["mcp-protocol-version"] = self._version
         return {**made, **more}
 
+    def _ask(
+        self, method: str, headers: Mapping[str, str], body: Mapping[str, Any] | None = None
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """A request. No redirect is followed: it could lead where nobody allowed."""
+        data: bytes | io.BytesIO | None = None
+        if body is not None:
+            raw = json.dumps(body, separators=(",", ":")).encode()
+            data = raw if len(raw) < LARGE else io.BytesIO(raw)
+        return self._client.request(method, self._url, data=data, headers=self._lines(headers), allow_redirects=False)
+
     async def _exchange(
         self, ident: str, body: Mapping[str, Any], hear: Heard, headers: Mapping[str, str]
     ) -> dict[str, Any]:
-        data = json.dumps(body, separators=(",", ":")).encode()
-        async with self._client.stream("POST", self._url, content=data, headers=self._lines(headers)) as answer:
+        async with self._ask("POST", headers, body) as answer:
             kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
             self._session = answer.headers.get(SESSION, self._session)
-            if answer.status_code == 404 and self._session:
+            if answer.status == 404 and self._session:
                 self._end(f"the server at {self._url} does not know our session any more")
                 raise LinkEnded(self.reason)
-            if kind == "text/event-stream" and answer.status_code == 200:
+            if kind == "text/event-stream" and answer.status == 200:
                 async for found in events(answer, self._more):
                     message: dict[str, Any] = self._scrub.value(found)
                     if message.get("id") == ident and "method" not in message:
@@ -143,7 +160,7 @@ class HttpLink:
         whole_message: dict[str, Any] | None = self._scrub.value(message_of(raw))
         if whole_message is not None and ("result" in whole_message or "error" in whole_message):
             return whole_message
-        raise ToolError(f"the server at {self._url} answered HTTP {answer.status_code}", code=UPSTREAM_FAILED)
+        raise ToolError(f"the server at {self._url} answered HTTP {answer.status}", code=UPSTREAM_FAILED)
 
     def _take(self, message: dict[str, Any], hear: Heard) -> None:
         if "method" not in message:
@@ -157,26 +174,20 @@ class HttpLink:
 
     async def _post(self, body: Mapping[str, Any]) -> None:
         try:
-            data = json.dumps(body, separators=(",", ":")).encode()
-            async with (
-                asyncio.timeout(10.0),
-                self._client.stream("POST", self._url, content=data, headers=self._lines({})),
-            ):
+            async with asyncio.timeout(10.0), self._ask("POST", {}, body):
                 pass  # there is no answer to it, however long it may be
-        except (httpx2.HTTPError, TimeoutError) as error:
+        except FAILURES as error:
             log.debug("what was said to %s is lost: %s", self._url, error)
 
     async def _listen(self) -> None:
         while not self.ended.is_set():
             try:
-                async with self._client.stream(
-                    "GET", self._url, headers=self._lines({"accept": "text/event-stream"})
-                ) as answer:
-                    if answer.status_code != 200:
+                async with self._ask("GET", {"accept": "text/event-stream"}) as answer:
+                    if answer.status != 200:
                         return
                     async for message in events(answer):
                         self._take(self._scrub.value(message), self._on_event)
-            except (httpx2.HTTPError, ToolError) as error:
+            except (*FAILURES, ToolError) as error:
                 log.debug("the events of %s ended: %s", self._url, error)
             await asyncio.sleep(LISTEN_AGAIN)
 
@@ -186,15 +197,15 @@ class HttpLink:
             self.ended.set()
 
 
-async def plain(answer: httpx2.Response) -> AsyncIterator[bytes]:
+async def plain(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """A body as it came. Raises ToolError if it is compressed: some bytes could become any number."""
     if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise ToolError("the server's answer is compressed, which it was not asked for", code=UPSTREAM_FAILED)
-    async for chunk in answer.aiter_raw():
+    async for chunk in answer.content.iter_any():
         yield chunk
 
 
-async def whole(answer: httpx2.Response, more: int = 0) -> bytes:
+async def whole(answer: aiohttp.ClientResponse, more: int = 0) -> bytes:
     """The whole body. Raises ToolError if it is over `MESSAGE_LIMIT` and `more`."""
     data = bytearray()
     async for chunk in plain(answer):
@@ -204,7 +215,7 @@ async def whole(answer: httpx2.Response, more: int = 0) -> bytes:
     return bytes(data)
 
 
-async def events(answer: httpx2.Response, more: int = 0) -> AsyncIterator[dict[str, Any]]:
+async def events(answer: aiohttp.ClientResponse, more: int = 0) -> AsyncIterator[dict[str, Any]]:
     """The messages in a stream of server-sent events; what is none is left out."""
     rest = b""
     data: list[bytes] = []
