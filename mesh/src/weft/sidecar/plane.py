@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
+from weft.client.limits import SharedLimits
 from weft.core.broker import Broker
 from weft.core.latest import Follower
 from weft.core.supervise import Tasks
@@ -23,12 +24,14 @@ from weft.sidecar.link import Heard, known_as
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.rated import Rated
 from weft.sidecar.records import Intended, Recorded, Recorder
 from weft.sidecar.repeats import Repeats
 from weft.sidecar.sandbox import choose
 from weft.sidecar.sandboxed import Sandboxed
 from weft.sidecar.served import CHANGES, Served
 from weft.sidecar.session import Session, as_modern
+from weft.sidecar.siblings import Siblings
 from weft.sidecar.stages import ENDLESS, KINDS, Breaker, Concurrency, Deadline, Known, Pinned, ResponseSize
 from weft.sidecar.upstream import Connect
 from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
@@ -59,8 +62,11 @@ STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
 
 
-def usual_stages(broker: Broker, recorder: Recorder) -> list[Stage]:
-    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`)."""
+def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], int] = lambda: 1) -> list[Stage]:
+    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`).
+
+    `sidecars` says how many there are about now.
+    """
     return [
         Recorded(recorder),
         Deadline(),
@@ -70,6 +76,7 @@ def usual_stages(broker: Broker, recorder: Recorder) -> list[Stage]:
         Sandboxed(),
         Fenced(by_coordinator(broker)),
         Repeats(broker),
+        Rated(SharedLimits(broker, sidecars=sidecars)),
         ResponseSize(),
         Breaker(),
         Concurrency(),
@@ -89,7 +96,9 @@ class Plane:
     def __init__(self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None) -> None:
         self.store = ToolStore(broker)
         self.recorder = Recorder(broker)
-        self.pipeline = Pipeline(stages if stages is not None else usual_stages(broker, self.recorder))
+        self._siblings = Siblings(broker)
+        usual = usual_stages(broker, self.recorder, sidecars=lambda: self._siblings.count) if stages is None else stages
+        self.pipeline = Pipeline(usual)
         self.events = Events()
         self._connect = connect
         self._served: dict[str, Served] = {}
@@ -102,6 +111,7 @@ class Plane:
     async def start(self) -> None:
         """Read what is registered, and follow it from now on. Raises Unavailable if it cannot be read."""
         await asyncio.to_thread(choose, SandboxRules())  # it is tried out once
+        await self._siblings.start()
         ready = asyncio.Event()
         self._tasks.start(self._follower.run(ready.set), name="registrations")
         try:
@@ -113,6 +123,7 @@ class Plane:
     async def aclose(self) -> None:
         """End every server's processes and connections."""
         await self._tasks.aclose()
+        await self._siblings.aclose()
         await self.events.aclose()
         await self.recorder.aclose()
         served, self._served = list(self._served.values()), {}
