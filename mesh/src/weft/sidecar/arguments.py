@@ -26,18 +26,46 @@ _UNBOUNDED: Final = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
 _REPEATED_GROUP: Final = re.compile(r"\)(?:[*+]|\{)|\\[1-9]|\(\?P=")
 
 
+class Schemas:
+    """Validators of schemas, kept ready."""
+
+    def __init__(self) -> None:
+        self._ready: OrderedDict[str, Validator | str] = OrderedDict()
+
+    def validator(self, digest: str, schema: Mapping[str, Any]) -> Validator | str:
+        """The validator of a schema, or why there can be none."""
+        ready = self._ready.get(digest)
+        if ready is None:
+            ready = self._ready[digest] = _made(schema)
+            if len(self._ready) > KEPT:
+                self._ready.popitem(last=False)
+        else:
+            self._ready.move_to_end(digest)
+        return ready
+
+    def fits(self, digest: str, schema: Mapping[str, Any], value: Any) -> bool | None:
+        """Whether a value has the form of a schema; None if that cannot be told."""
+        validator = self.validator(digest, schema)
+        if isinstance(validator, str):
+            return None
+        try:
+            return next(validator.iter_errors(value), None) is None
+        except (Unresolvable, RecursionError):
+            return None
+
+
 class Arguments(Passing):
     """Arguments of tools have the form that the tool says."""
 
     def __init__(self) -> None:
-        self._ready: OrderedDict[str, Validator | str] = OrderedDict()
+        self._schemas = Schemas()
 
     async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse what has not, saying where."""
         schema = call.definition.get("inputSchema") if call.definition is not None else None
         if call.method != "tools/call" or not isinstance(schema, Mapping):
             return call
-        validator = self._validator(call.definition_digest, schema)
+        validator = self._schemas.validator(call.definition_digest, schema)
         if isinstance(validator, str):
             return Refusal(INVALID_PARAMS, f"the schema of {call.name} cannot be used: {validator}", in_band=True)
         try:
@@ -51,17 +79,6 @@ class Arguments(Passing):
         return Refusal(
             INVALID_PARAMS, f"wrong arguments for {call.name}: {'; '.join(found)}", {"mistakes": found}, in_band=True
         )
-
-    def _validator(self, digest: str, schema: Mapping[str, Any]) -> Validator | str:
-        """The validator of a schema, or why there can be none."""
-        ready = self._ready.get(digest)
-        if ready is None:
-            ready = self._ready[digest] = _made(schema)
-            if len(self._ready) > KEPT:
-                self._ready.popitem(last=False)
-        else:
-            self._ready.move_to_end(digest)
-        return ready
 
 
 def _made(schema: Mapping[str, Any]) -> Validator | str:

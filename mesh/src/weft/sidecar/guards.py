@@ -11,6 +11,7 @@ from weft.core.yamlfields import did_you_mean
 from weft.policy.egress import Egress
 from weft.policy.model import SANDBOXES, Limit, Obligations, Request
 from weft.policy.obligations import NOTHING, READERS, fill
+from weft.policy.patterns import CLASSES
 from weft_protocols.errors import InvalidConfig
 
 SOURCES: Final = ("env", "file", "command")
@@ -73,6 +74,8 @@ class Guards:
     """Limits by tool; `*` for whatever is asked of the server. Their rule is that key."""
     effects: frozenset[str] = frozenset()
     """Tools with side effects; `*` for every tool."""
+    redact: tuple[str, ...] = ("secrets",)
+    """Classes of data that are taken out of what it says, whatever the policy asks for."""
     required: bool = True
     """Whether a call is only made once it is recorded."""
     show_arguments: bool = True
@@ -103,6 +106,7 @@ def guards_of(settings: Mapping[str, Any], where: str = "settings") -> Guards:
         locks=_locks(settings.get("lock"), f"{where}.lock"),
         rates=_rates(settings.get("rate"), f"{where}.rate"),
         effects=_effects(settings.get("side_effects"), f"{where}.side_effects"),
+        redact=_redact(settings.get("redact"), f"{where}.redact"),
         required=record[0],
         show_arguments=record[1],
     )
@@ -221,6 +225,17 @@ def _effects(raw: Any, where: str) -> frozenset[str]:
     if not isinstance(raw, list) or not all(isinstance(one, str) and one for one in raw):
         raise InvalidConfig(f"{where} must be true, or a list of tools")
     return frozenset(raw)
+
+
+def _redact(raw: Any, where: str) -> tuple[str, ...]:
+    if raw is None:
+        return Guards().redact
+    if not isinstance(raw, list) or not all(isinstance(one, str) for one in raw):
+        raise InvalidConfig(f"{where} must be a list of {', '.join(CLASSES)}; empty to take nothing out")
+    for one in raw:
+        if one not in CLASSES:
+            raise InvalidConfig(f"{where}: {one!r} is none of {', '.join(CLASSES)}{did_you_mean(one, CLASSES)}")
+    return tuple(raw)
 
 
 def _record(raw: Any, where: str) -> tuple[bool, bool]:

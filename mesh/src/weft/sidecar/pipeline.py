@@ -163,13 +163,13 @@ class Pipeline:
         outcome = Outcome(cancelled=True)
         try:
             outcome = await self._through(call, execute, passed)
+            outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AFTER):
                     last = passed[-1][1] if passed else call
                     await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun, call=last))
             raise
-        outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         if outcome.result is not None:
             return dict(outcome.result)
         if outcome.refused is not None and outcome.refused.in_band and call.method == "tools/call":

@@ -26,6 +26,7 @@ from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
 from weft.sidecar.rated import Rated
 from weft.sidecar.records import Intended, Recorded, Recorder
+from weft.sidecar.redacts import Redacts, hearing, said
 from weft.sidecar.repeats import Repeats
 from weft.sidecar.sandbox import choose
 from weft.sidecar.sandboxed import Sandboxed
@@ -37,6 +38,8 @@ from weft.sidecar.upstream import Connect
 from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
 from weft_protocols.mcp import (
     EVERY,
+    META_REDACTED,
+    META_REFUSAL,
     META_SUBSCRIPTION,
     METHOD_NOT_FOUND,
     NO_SERVER,
@@ -58,6 +61,8 @@ LISTS: Final = {
 FORWARDED: Final = (
     "tools/call", "prompts/get", "resources/read", "resources/list", "completion/complete", "subscriptions/listen",
 )  # fmt: skip
+OURS: Final = (META_REFUSAL, META_REDACTED)
+"""Keys of `_meta` of results that no server sets."""
 STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
 
@@ -77,6 +82,7 @@ def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], i
         Fenced(by_coordinator(broker)),
         Repeats(broker),
         Rated(SharedLimits(broker, sidecars=sidecars)),
+        Redacts(),
         ResponseSize(),
         Breaker(),
         Concurrency(),
@@ -222,6 +228,7 @@ class Plane:
 
     async def _forward(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         headers = {**request.extra, **param_headers(call)}
+        heard = hearing(call, heard)
         async with served.upstream.borrowed() as session:
             if call.method in ENDLESS:
                 return await self._listen(session, call, request, heard)
@@ -234,6 +241,7 @@ class Plane:
 
     async def _call(self, session: Session, call: Call, heard: Heard, headers: Mapping[str, str]) -> dict[str, Any]:
         result = await session.call(call.method, call.params, modern=call.modern, heard=heard, headers=headers)
+        result = _without_ours(result)
         if call.method in ("resources/list", "resources/read") and "cacheScope" in result:
             # Who may see it is decided for each caller, so that nobody may keep it for others.
             result = {**result, "cacheScope": "private"}
@@ -296,8 +304,15 @@ class Plane:
             pin=pin,
             pin_sequence=sequence,
             remember=self._remember,
-            on_event=self.events.said,
+            on_event=self._said,
         )
+
+    def _said(self, server: str, method: str, params: dict[str, Any]) -> None:
+        """Tell whoever listens what a server said by itself."""
+        served = self._served.get(server)
+        told = said(frozenset(served.upstream.guards.redact), method, params) if served is not None else params
+        if told is not None:
+            self.events.said(server, method, told)
 
     async def _read_pins(self) -> None:
         found: dict[str, tuple[int, Pin | None]] = {}
@@ -324,3 +339,11 @@ class Plane:
                 log.debug("another sidecar pinned %s first", name)
             record = await self.store.pins.get(name)
         return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)
+
+
+def _without_ours(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what only the sidecar says: a server could pass for it."""
+    meta = result.get("_meta")
+    if not isinstance(meta, dict) or not any(key in meta for key in OURS):
+        return result
+    return {**result, "_meta": {key: value for key, value in meta.items() if key not in OURS}}
