@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from weft.client.limits import SharedLimits
 from weft.core.broker import Broker
+from weft.core.config import load_mesh_config
 from weft.core.toolsconf import SidecarConfig
 from weft.policy.model import Decision, Limit, Obligations
 from weft.sidecar import owed
@@ -131,11 +135,28 @@ class Then(Passing):
 @pytest.mark.parametrize("code", [mcp.PENDING, mcp.BUSY, mcp.CIRCUIT_OPEN, mcp.UNRECORDED])
 @pytest.mark.parametrize("calls", [1, 100])
 async def test_a_call_that_is_refused_later_is_not_counted(broker: Broker, code: int, calls: int) -> None:
-    allowed = limit(calls, 86_400.0 if calls == 1 else 1.0)
+    allowed = limit(calls, 86_400.0 if calls == 1 else 10.0)
     pipeline = Pipeline([Rated(SharedLimits(broker)), Then(calls, code)])
     results = [await pipeline.run(owing(allowed), Server()) for _ in range(calls + 1)]
     assert [refusal(one)["code"] for one in results[:-1]] == [code] * calls
     assert refusal(results[-1]) is None
+
+
+async def test_what_is_given_back_is_there_for_the_next_call(broker: Broker) -> None:
+    class Held(Then):
+        async def before(self, call: Call) -> Call | Refusal | Outcome:
+            begun.set()
+            await go.wait()
+            return await super().before(call)
+
+    begun, go, one = asyncio.Event(), asyncio.Event(), limit(1)
+    pipeline = Pipeline([Rated(SharedLimits(broker)), Held(1, mcp.PENDING)])
+    first = asyncio.create_task(pipeline.run(owing(one), Server()))
+    await begun.wait()
+    assert refusal(await pipeline.run(owing(one), Server()))["kind"] == "rate_limited"
+    go.set()
+    assert refusal(await first)["kind"] == "pending"
+    assert refusal(await pipeline.run(owing(one), Server())) is None
 
 
 async def test_what_one_limit_refuses_is_not_counted_by_the_others(broker: Broker) -> None:
@@ -265,6 +286,37 @@ async def test_without_the_broker_calls_wait_and_nothing_is_allowed_twice(fresh_
     await brokers[1].close()
 
 
+async def test_a_broker_that_dies_and_comes_back_allows_nothing_twice(fresh_mesh: BrokerMesh) -> None:
+    brokers = [await fresh_mesh.connect("sidecar") for _ in range(2)]
+    pipelines = [rated(one) for one in brokers]
+    server, rare = Server(), limit(1000, 86_400.0)
+    kinds: Counter[str] = Counter()
+
+    async def calling(pipeline: Pipeline) -> None:
+        while not kinds["over"]:
+            told = refusal(await pipeline.run(owing(rare), server))
+            if told is not None and told["retryAfter"] > 1.0:
+                kinds["over"] += 1
+            elif told is not None:  # nobody knows: it comes again
+                kinds["unknown"] += 1
+                await asyncio.sleep(0.1)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for pipeline in pipelines:
+            for _ in range(3):
+                group.create_task(calling(pipeline))
+        await eventually(lambda: server.called >= 5)
+        os.kill(fresh_mesh.server.pid or 0, signal.SIGKILL)
+        await fresh_mesh.server.wait()
+        before = server.called
+        await eventually(lambda: kinds["unknown"])
+        assert server.called <= before + 2  # what was answered already
+        await fresh_mesh.server.start()
+    assert before < server.called <= 1001  # one comes back every 86 s
+    for one in brokers:
+        await one.close()
+
+
 # Settings ------------------------------------------------------------------------------------------
 
 
@@ -292,6 +344,25 @@ def test_a_rate_that_is_none_is_refused_and_says_where(wrong: Any, told: str) ->
     with pytest.raises(InvalidConfig) as refused:
         guards_of({"rate": wrong})
     assert told in str(refused.value)
+
+
+async def test_a_server_with_a_rate_that_is_none_is_not_called_and_says_why(stage: Any) -> None:
+    server = await stage.bad(rate="100/m per crowd")
+    with pytest.raises(ToolError, match=rf"settings of {server}.rate: 'crowd' is none of") as refused:
+        await stage.do(server, "nothing")
+    assert refused.value.code == mcp.UPSTREAM_FAILED
+    assert not stage.started(server)
+
+
+def test_rate_and_redact_stand_beside_the_other_guards_in_the_meshs_file(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text(
+        "tools:\n  crm:\n    command: [crm]\n    rate: {send: 5/m, '*': 100/m per agent}\n    redact: [secrets, pii]\n"
+    )
+    server = load_mesh_config(file).tools["crm"]
+    guards = guards_of(server.settings)
+    assert [one.words for one in guards.rates_of("send")] == ["5/m per pair", "100/m per agent"]
+    assert guards.redact == ("secrets", "pii")
 
 
 async def test_limits_of_one_tool_are_no_limits_of_another(broker: Broker) -> None:
