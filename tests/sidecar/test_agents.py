@@ -160,6 +160,22 @@ async def test_without_a_sidecar_a_call_says_so(
     assert "no sidecar answers" in done.message.text
 
 
+async def test_an_agent_sees_that_something_was_taken_out(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
+) -> None:
+    server = await stage.runner()
+    found: list[ToolResult] = []
+
+    async def work(task: Task) -> str:
+        codes = ("result = 'password=' + 'hunter2'", "result = 'nothing'")
+        found.extend([await task.tools.call(f"{server}.run", code=code) for code in codes])
+        return "ok"
+
+    await outcome(mesh, agent_that(unique("agent"), work))
+    assert "[redacted:password]" in found[0].text
+    assert [one.redacted for one in found] == [{"password": 1}, {}]
+
+
 async def test_a_call_over_a_limit_is_made_again_when_it_may_be(
     stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
 ) -> None:

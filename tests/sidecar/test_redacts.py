@@ -21,6 +21,8 @@ from weft.sidecar.guards import Guards, guards_of
 from weft.sidecar.pipeline import Call, Outcome, Passing, Pipeline, Refusal
 from weft.sidecar.records import Recorded, Recorder
 from weft.sidecar.redacts import AT_ONCE, LARGEST_NOTE, Redacts, hearing
+from weft.sidecar.settings import Limits
+from weft.sidecar.stages import ResponseSize
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import mcp
@@ -268,6 +270,21 @@ async def test_what_a_notification_lost_is_in_the_record_and_not_in_the_result(b
     result = await Pipeline([Recorded(recorder), Redacts()]).run(CALL, telling)
     assert heard == [("notifications/message", {"data": GONE})]
     assert "_meta" not in result
+    assert made[0].outcome["redactions"] == {"github-token": 1}
+
+
+async def test_what_a_notification_of_a_call_that_was_cut_off_lost_is_in_the_record(broker: Broker) -> None:
+    recorder = Recorder(broker)
+    made: list[AuditRecord] = []
+    recorder.store_later = lambda record: _kept(made, record)  # type: ignore[method-assign]
+
+    async def telling(call: Call) -> dict[str, Any]:
+        hearing(call, lambda *_: None)("notifications/message", {"data": LEAK})
+        return {"content": [{"type": "text", "text": "x" * 1000}]}
+
+    stages = [Recorded(recorder), Redacts(), ResponseSize()]
+    result = await Pipeline(stages).run(replace(CALL, limits=Limits(response_bytes=100)), telling)
+    assert result["_meta"][mcp.META_REFUSAL]["kind"] == "too_large"
     assert made[0].outcome["redactions"] == {"github-token": 1}
 
 

@@ -49,6 +49,13 @@ class ToolResult:
     raw: Mapping[str, Any] = field(default_factory=dict)
     """The whole result."""
 
+    @property
+    def redacted(self) -> Mapping[str, int]:
+        """What the sidecar took out of it, and how many of each kind; empty if nothing."""
+        meta = self.raw.get("_meta")
+        found = meta.get(mcp.META_REDACTED) if isinstance(meta, dict) else None
+        return found if isinstance(found, dict) else {}
+
     @staticmethod
     def of(result: Mapping[str, Any]) -> ToolResult:
         """The result in a message."""

@@ -83,7 +83,7 @@ def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], i
         Repeats(broker),
         Rated(SharedLimits(broker, sidecars=sidecars)),
         Redacts(),
-        ResponseSize(),
+        ResponseSize(),  # on the way back it comes first: what is too large is not looked through
         Breaker(),
         Concurrency(),
         Intended(recorder),

@@ -65,10 +65,12 @@ class Redacts(Passing):
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Take it out of the result, or the error."""
         notes: Looking | None = call.facts.get(_NOTES)
-        if notes is None or outcome.cancelled or outcome.refused is not None:
+        if notes is None:
             return outcome
         looking = Looking(notes.redactor)
-        if outcome.result is not None:
+        if outcome.cancelled or outcome.refused is not None:
+            pass  # the sidecar's own words
+        elif outcome.result is not None:
             outcome = await self._result(call, outcome, outcome.result, looking)
         elif outcome.error is not None:
             outcome = replace(outcome, error=await _apart(lambda one: _error(looking, one), outcome.error))
