@@ -18,6 +18,7 @@ import pytest
 from weft.client.limits import SharedLimits
 from weft.core.broker import Broker
 from weft.core.config import load_mesh_config
+from weft.core.latest import Latest
 from weft.core.toolsconf import SidecarConfig
 from weft.policy.model import Decision, Limit, Obligations
 from weft.sidecar import owed
@@ -30,6 +31,7 @@ from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import mcp
 from weft_protocols.errors import InvalidConfig, ToolError
+from weft_protocols.resources import RATE_PREFIX, RATES
 
 pytestmark = pytest.mark.anyio
 
@@ -116,8 +118,9 @@ async def test_what_is_no_tool_call_gets_an_error_with_the_same_data(broker: Bro
 async def test_lists_are_not_counted(broker: Broker) -> None:
     pipeline, server = rated(broker), Server()
     for method in ("tools/list", "resources/list", "subscriptions/listen"):
+        call = owing(limit(1), method=method)
         for _ in range(3):
-            await pipeline.run(owing(limit(1), method=method), server)
+            await pipeline.run(call, server)
     assert server.called == 9
 
 
@@ -181,7 +184,7 @@ async def test_a_call_that_was_made_counts_whatever_came_of_it(broker: Broker) -
     pipeline, one = rated(broker), limit(1)
     result = await pipeline.run(owing(one, deadline=time.time() + 0.05), late)
     assert refusal(result)["kind"] == "late"
-    assert refusal(await pipeline.run(owing(one), late))["kind"] == "rate_limited"
+    assert refusal(await pipeline.run(owing(one, deadline=time.time() + 0.5), late))["kind"] == "rate_limited"
     other = limit(1)
     with pytest.raises(ToolError, match="it ended"):
         await pipeline.run(owing(other), failing)
@@ -213,16 +216,16 @@ async def second(stage: Any, mesh: BrokerMesh) -> AsyncIterator[Any]:
         yield await service.start()
 
 
-async def test_sidecars_know_how_many_they_are(mesh: BrokerMesh) -> None:
-    brokers = [await mesh.connect("sidecar") for _ in range(3)]
+async def test_sidecars_know_how_many_they_are(fresh_mesh: BrokerMesh) -> None:
+    brokers = [await fresh_mesh.connect("sidecar") for _ in range(3)]
     siblings = [Siblings(one) for one in brokers]
     first = siblings[0].count
     for one in siblings:
         await one.start()
-    await eventually(lambda: len({one.count for one in siblings}) == 1 and siblings[0].count >= 3)
-    together = siblings[1].count
+    await eventually(lambda: [one.count for one in siblings] == [3, 3, 3])
     await siblings[0].aclose()
-    await eventually(lambda: siblings[1].count == siblings[2].count == together - 1)
+    # It says so, and nobody has to miss it for as long as silence would take.
+    await eventually(lambda: siblings[1].count == siblings[2].count == 2, timeout=4.0)
     assert first == 1
     for each, broker in zip(siblings[1:], brokers[1:], strict=True):
         await each.aclose()
@@ -234,27 +237,43 @@ async def test_sidecars_know_how_many_they_are(mesh: BrokerMesh) -> None:
 async def test_a_servers_rate_holds_for_two_sidecars_together(stage: Any, second: Any, rate: str, allowed: int) -> None:
     server = await stage.bad(rate=rate, concurrency=100)
     await eventually(lambda: server in second.plane.servers)
-    served: Counter[int] = Counter()
-    for number, service in enumerate((stage.service, second)):
-        original = service.plane._forward
+    asked: Counter[tuple[str, int]] = Counter()
+    planes = [stage.service.plane, second.plane]
+    for number, plane in enumerate(planes):
+        await plane.served(server).known()
+        for method in ("one", "_forward"):  # what comes in, and what is made
+            original = getattr(plane, method)
 
-        async def counted(*args: Any, original: Any = original, number: int = number) -> Any:
-            served[number] += 1
-            return await original(*args)
+            async def counted(*args: Any, original: Any = original, key: Any = (method, number)) -> Any:
+                asked[key] += 1
+                return await original(*args)
 
-        service.plane._forward = counted
+            setattr(plane, method, counted)
     try:
         results = await asyncio.gather(*(stage.do(server, "nothing") for _ in range(80)))
     finally:
-        for service in (stage.service, second):
-            del service.plane._forward
+        for plane in planes:
+            del plane.one, plane._forward
     made = [one for one in results if refusal(one) is None]
     refused = [refusal(one) for one in results if refusal(one) is not None]
     assert len(made) == allowed
-    assert sum(served.values()) == allowed
-    assert all(served[number] for number in (0, 1))  # both had a part in it
+    assert asked["_forward", 0] + asked["_forward", 1] == allowed
+    assert min(asked["one", 0], asked["one", 1]) > 10  # both had a part in it
     assert {one["rule"] for one in refused} == {f"settings of {server}"}
     assert all(one["code"] == mcp.RATE_LIMITED and one["retryAfter"] > 0 for one in refused)
+
+
+async def test_what_a_sidecar_takes_at_once_is_its_share(stage: Any, second: Any, broker: Broker) -> None:
+    server = await stage.bad(rate="20/s burst 100")
+    await eventually(lambda: stage.service.plane.sidecars == second.plane.sidecars == 2)
+    stored = Latest(broker, RATES, RATE_PREFIX)
+    before = await stored.all()
+    called = time.time()
+    await stage.do(server, "nothing")
+    after = await stored.all()
+    (new,) = (after[name] for name in after.keys() - before.keys())
+    ahead = float(new.data) - called  # seconds: each token moves it by a twentieth
+    assert 10 / 20 <= ahead < 20 / 20
 
 
 async def test_chunks_of_many_calls_hold_for_two_sidecars_together(mesh: BrokerMesh) -> None:

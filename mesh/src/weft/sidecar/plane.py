@@ -103,7 +103,7 @@ class Plane:
         self.store = ToolStore(broker)
         self.recorder = Recorder(broker)
         self._siblings = Siblings(broker)
-        usual = usual_stages(broker, self.recorder, sidecars=lambda: self._siblings.count) if stages is None else stages
+        usual = usual_stages(broker, self.recorder, sidecars=lambda: self.sidecars) if stages is None else stages
         self.pipeline = Pipeline(usual)
         self.events = Events()
         self._connect = connect
@@ -137,6 +137,11 @@ class Plane:
             for one in served:
                 group.create_task(one.aclose())
             group.create_task(self._ending.idle())  # to the end of each: a process must not outlive it
+
+    @property
+    def sidecars(self) -> int:
+        """How many sidecars there are about now, this one included."""
+        return self._siblings.count
 
     @property
     def servers(self) -> dict[str, Served]:
