@@ -215,9 +215,15 @@ def test_limits_count_what_belongs_together() -> None:
         per: {
             Limit("r", 1, 1.0, 1, per).key(call(agent, tool)) for agent, tool in itertools.product("ab", ("s.x", "s.y"))
         }
-        for per in ("pair", "agent", "tool", "rule")
+        for per in ("pair", "agent", "tool", "server", "rule")
     }
-    assert {per: len(found) for per, found in keys.items()} == {"pair": 4, "agent": 2, "tool": 2, "rule": 1}
+    assert {per: len(found) for per, found in keys.items()} == {
+        "pair": 4,
+        "agent": 2,
+        "tool": 2,
+        "server": 1,
+        "rule": 1,
+    }
 
 
 def test_rules_in_shadow_mode_change_nothing_and_are_told(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx2
 import pytest
 
 from weft import Agent, State, Task, ToolError, ToolResult
+from weft.host.tools import Tools
 from weft.testing.agents import client, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft_protocols import mcp
@@ -156,3 +158,90 @@ async def test_without_a_sidecar_a_call_says_so(
     done = await outcome(fresh_mesh, agent_that(unique("agent"), work))
     assert done.state is State.FAILED
     assert "no sidecar answers" in done.message.text
+
+
+async def test_an_agent_sees_that_something_was_taken_out(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
+) -> None:
+    server = await stage.runner()
+    found: list[ToolResult] = []
+
+    async def work(task: Task) -> str:
+        codes = ("result = 'password=' + 'hunter2'", "result = 'nothing'")
+        found.extend([await task.tools.call(f"{server}.run", code=code) for code in codes])
+        return "ok"
+
+    await outcome(mesh, agent_that(unique("agent"), work))
+    assert "[redacted:password]" in found[0].text
+    assert [one.redacted for one in found] == [{"password": 1}, {}]
+
+
+async def test_a_call_over_a_limit_is_made_again_when_it_may_be(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
+) -> None:
+    server = await stage.bad(rate="1/s")
+    took: list[float] = []
+
+    async def work(task: Task) -> str:
+        begun = time.monotonic()
+        results = [await task.tools.call(f"{server}.do", what="nothing") for _ in range(3)]
+        took.append(time.monotonic() - begun)
+        return " ".join(str(one.is_error) for one in results)
+
+    done = await outcome(mesh, agent_that(unique("agent"), work))
+    assert done.text == "False False False"
+    assert took[0] >= 1.9
+
+
+async def test_a_call_that_would_have_to_wait_too_long_is_a_refusal_at_once(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare, often = await stage.bad(rate="1/h"), await stage.bad(rate="1/2s")
+    found: list[tuple[str, Any]] = []
+    waits: list[float] = []
+
+    async def pause(_: Tools, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(Tools, "_pause", pause)
+
+    async def work(task: Task) -> str:
+        for server, timeout in ((rare, None), (rare, None), (often, None), (often, 1.0), (often, 30.0)):
+            result = await task.tools.call(f"{server}.do", what="nothing", timeout=timeout)
+            found.append((server, result.refusal))
+        return "ok"
+
+    await outcome(mesh, agent_that(unique("agent"), work))
+    assert [refusal is None for _, refusal in found] == [True, False, True, False, False]
+    over_an_hour, over_the_timeout, _ = [refusal for _, refusal in found if refusal is not None]
+    assert over_an_hour["rule"] == f"settings of {rare}"
+    assert over_an_hour["retryAfter"] > 3000
+    assert 1.0 < over_the_timeout["retryAfter"] <= 2.0
+    # With time left it is tried again, as long as the waits together are no longer than a minute.
+    assert len(waits) > 25
+    assert 50.0 < sum(waits) <= 60.0
+
+
+async def test_whoever_waits_for_a_limit_holds_no_slot(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
+) -> None:
+    server = await stage.bad(rate="1/s")
+    agent = Agent(unique("agent"), concurrency=1, description="Uses tools")
+    order: list[str] = []
+
+    @agent.skill("use")
+    async def use(task: Task) -> str:
+        if task.text == "quick":
+            order.append("quick")
+            return "ok"
+        for _ in range(3):
+            await task.tools.call(f"{server}.do", what="nothing")
+            order.append("call")
+        return "ok"
+
+    async with running(mesh, agent), client(mesh) as caller:
+        slow = await caller.submit(agent.name, "slow")
+        await eventually(lambda: order)
+        await caller.send(agent.name, "quick")
+        await slow.result()
+    assert order.index("quick") < 3

@@ -180,6 +180,87 @@ async def test_who_waits_too_long_for_a_place_is_refused_and_leaves_none_taken()
     assert isinstance(await concurrency.before(call), Call)
 
 
+async def test_an_agent_with_many_calls_leaves_places_to_others() -> None:
+    concurrency = Concurrency()
+    call = replace(CALL, limits=Limits(concurrency=4, queue_timeout=0.05))
+    many = await asyncio.gather(*(concurrency.before(call) for _ in range(20)))
+    assert sum(isinstance(one, Call) for one in many) == 3
+    refused = next(one for one in many if isinstance(one, Refusal))
+    assert (refused.code, refused.data) == (mcp.BUSY, {"retryAfter": 0.05})
+    assert "3 calls of a under way" in refused.message
+    other = replace(call, caller="b")
+    assert isinstance(await concurrency.before(other), Call)
+    full = await concurrency.before(other)
+    assert isinstance(full, Refusal)
+    assert "s has 4 calls under way" in full.message
+
+
+async def test_places_are_given_to_agents_by_turns_and_to_an_agents_calls_in_their_order() -> None:
+    order: list[str] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def noted(call: Call) -> dict[str, Any]:
+        begun.set()
+        await go.wait()
+        order.append(call.name)
+        return {}
+
+    pipeline = Pipeline([Concurrency()])
+    async with asyncio.TaskGroup() as group:
+        for name in ("first", "a1", "a2", "a3", "b1", "c1", "b2"):
+            call = replace(CALL, caller=name[0], name=name, limits=Limits(concurrency=1))
+            group.create_task(pipeline.run(call, noted))
+            await begun.wait()
+        await asyncio.sleep(0)  # the last one waits by now
+        go.set()
+    assert order == ["first", "a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+async def test_who_leaves_the_queue_takes_nobodys_turn() -> None:
+    concurrency = Concurrency()
+    call = replace(CALL, limits=Limits(concurrency=1))
+    assert isinstance(await concurrency.before(call), Call)
+    tasks = [asyncio.create_task(concurrency.before(replace(call, caller=name))) for name in ("b", "c", "d")]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    await concurrency.after(call, Outcome(result={}))
+    assert isinstance(await tasks[1], Call)
+    tasks[2].cancel()
+    await asyncio.wait(tasks[2:])
+    await concurrency.after(replace(call, caller="c"), Outcome(cancelled=True))
+    assert isinstance(await concurrency.before(call), Call)
+
+
+@pytest.mark.parametrize(
+    ("places", "own", "share"), [(16, 0, 12), (4, 0, 3), (3, 0, 3), (1, 0, 1), (8, 2, 2), (4, 9, 4)]
+)
+def test_an_agent_has_three_quarters_of_the_places_unless_the_settings_say_otherwise(
+    places: int, own: int, share: int
+) -> None:
+    assert Limits(concurrency=places, concurrency_per_agent=own).share == share
+    given = {"concurrency": places, **({"concurrency_per_agent": own} if own else {})}
+    assert limits_of(given).share == share
+
+
+async def test_a_call_that_is_cancelled_on_its_way_back_is_still_seen_by_every_stage() -> None:
+    trace: list[str] = []
+    reached = asyncio.Event()
+
+    class Slow(Traced):
+        async def after(self, call: Call, outcome: Outcome) -> Outcome:
+            reached.set()
+            await asyncio.Event().wait()
+            return outcome
+
+    task = asyncio.create_task(Pipeline([Traced("a", trace), Slow("b", trace)]).run(CALL, fine))
+    await reached.wait()
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    assert trace == ["a>", "b>", "<a cancelled"]
+
+
 # Arguments -----------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ async def test_a_record_names_what_decided_and_shows_arguments_redacted(broker: 
     assert intent.why["fence"] == [{"name": "crm/1", "token": 5}]
     assert intent.what["shown"]["url"] == "https://example.org"
     assert "hunter2" not in json.dumps(intent.what)
-    assert outcome.outcome["redactions"] == 1
+    assert outcome.outcome["redactions"] == {"secret": 1}
     hidden = replace(CALL, server=unique_name("web"), guards=Guards(show_arguments=False))
     assert "shown" not in recorder.made("intent", hidden).what
     large = CALL.with_arguments({"text": "x" * 20_000})

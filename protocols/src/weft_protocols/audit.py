@@ -32,7 +32,7 @@ class AuditRecord:
     - `why`: `policy` (version), `decision`, `rules` (ids), `approvals`, `fence` (list of `{name, token}`)
     - `how`: `sandbox` (level), `deadline` (unix ms)
     - `outcome`: `status` (`ok`, `failed`, `error`, `refused`, `cancelled`, `replayed`), `code`, `kind`, `message`,
-      `ms`, `bytes`, `redactions`, `result` (digest)
+      `ms`, `bytes`, `redactions` (how many of each kind), `result` (digest)
     """
 
     kind: Kind

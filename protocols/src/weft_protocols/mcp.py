@@ -55,6 +55,8 @@ META_SUBSCRIPTION: Final = "io.modelcontextprotocol/subscriptionId"
 META_RESERVED: Final = "io.modelcontextprotocol/"
 META_REFUSAL: Final = "dev.weft/refusal"
 """In a tool result: that it is no result of the tool but a refusal, with its code, so that programs can tell."""
+META_REDACTED: Final = "dev.weft/redacted"
+"""In a result: what was taken out of it, and how many of each kind."""
 META_FENCE: Final = "dev.weft/fence"
 """In a tool call: the lock its task holds, `{name, token}`, or a list of these."""
 META_STEP: Final = "dev.weft/step"
@@ -84,6 +86,7 @@ UNRECORDED: Final = -32009
 BROKEN_STREAM: Final = -32010
 NO_SERVER: Final = -32011
 TOO_LARGE: Final = -32012
+RATE_LIMITED: Final = -32013
 CODES: Final[dict[int, tuple[str, str]]] = {
     DENIED: ("denied", "the policy does not allow it"),
     QUARANTINED: ("quarantined", "the definition is new or changed and was not approved"),
@@ -98,6 +101,10 @@ CODES: Final[dict[int, tuple[str, str]]] = {
     BROKEN_STREAM: ("broken_stream", "no frame came for too long; the outcome is unknown"),
     NO_SERVER: ("no_server", "no server of that name is registered"),
     TOO_LARGE: ("too_large", "a message is over the limit"),
+    RATE_LIMITED: (
+        "rate_limited",
+        "called too often; `data` has `retryAfter` (seconds), `limit` and the `rule` that sets it",
+    ),
     MISMATCH: ("mismatch", "subject, headers and body do not say the same"),
 }
 """Codes of this binding: their names, and what they mean."""

@@ -36,6 +36,8 @@ RATE_PREFIX: Final = "mesh.rate"
 """Prefix of how far rate limits are used: `mesh.rate.{digest}`."""
 POLICY_SEEN: Final = "mesh.seen"
 """Prefix of what each sidecar saw a policy in shadow mode decide otherwise: `mesh.seen.{replica}`."""
+SIDECARS: Final = "mesh.sidecar"
+"""Prefix of sidecars' signs of life, `mesh.sidecar.{id}`; they are not stored."""
 RATE_KEEP: Final = 31 * 86_400.0
 """Seconds after its last use for which a number is kept: longer than a limit counts."""
 COORD: Final = "MESH_COORD"

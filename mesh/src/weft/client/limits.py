@@ -7,11 +7,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from weft.core.latest import Latest
 from weft.policy.model import Limit, Request
-from weft.policy.rate import Leases, chunk, taken
+from weft.policy.rate import Leases, chunk, returned, taken
 from weft_protocols.errors import BrokerError, Conflict, InvalidConfig
 from weft_protocols.resources import RATE_PREFIX, RATES
 
@@ -22,8 +23,20 @@ log = logging.getLogger("weft.policy")
 
 TRIES: Final = 20
 """Attempts at one change while others change the same."""
+WITHIN: Final = 5.0
+"""Seconds that one change may take."""
 UNKNOWN: Final = 1.0
 """Seconds to wait where it is not known how far a limit is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """A call has to wait."""
+
+    limit: Limit
+    """The limit that does not allow it now."""
+    seconds: float
+    """How long."""
 
 
 class SharedLimits:
@@ -40,16 +53,27 @@ class SharedLimits:
         self._leases = Leases()
         self._asking: dict[str, asyncio.Lock] = {}
 
-    async def take(self, limits: Iterable[Limit], request: Request) -> float:
-        """Count a call; 0 if all limits allow it, else the seconds to wait for the one that does not.
+    async def take(self, limits: Iterable[Limit], request: Request) -> Over | None:
+        """Count a call; None if all limits allow it, else one that does not. Then nothing is counted.
 
-        Where the broker cannot be asked and nothing is left of what was taken, the call has to wait. Tokens that other
-        limits gave to a call that then had to wait are spent.
+        Where the broker cannot be asked and nothing is left of what was taken, the call has to wait.
         """
+        counted: list[Limit] = []
         for limit in limits:
             if wait := await self._take(limit, limit.key(request)):
-                return wait
-        return 0.0
+                await self.give_back(counted, request)
+                return Over(limit, wait)
+            counted.append(limit)
+        return None
+
+    async def give_back(self, limits: Iterable[Limit], request: Request) -> None:
+        """Do not count a call that was counted just now and was not made. What cannot be given back is lost."""
+        for limit in limits:
+            key = limit.key(request)
+            if chunk(limit, self._sidecars()) > 1:
+                self._leases.give_back(key, time.time())
+            else:
+                await self._give_back(limit, key)
 
     async def _take(self, limit: Limit, key: str) -> float:
         if self._leases.spend(key, time.time()):
@@ -69,26 +93,46 @@ class SharedLimits:
                 self._asking.pop(key, None)
 
     async def _fetch(self, limit: Limit, key: str) -> float:
+        """Take a chunk and spend one of it; 0, or the seconds to wait."""
+
+        def change(tat: float, now: float) -> tuple[int, float, float]:
+            return taken(limit, tat, now, chunk(limit, self._sidecars()))
+
+        count, wait, now = await self._change(limit, key, change)
+        if not count:
+            # Whoever asks next gets the same answer until then, without a hop.
+            self._leases.refused(key, wait, now)
+            return wait
+        self._leases.add(key, count, now)
+        self._leases.spend(key, now)
+        return 0.0
+
+    async def _give_back(self, limit: Limit, key: str) -> None:
+        count, _, _ = await self._change(limit, key, lambda tat, now: (1, returned(limit, tat, now), 0.0))
+        if count:
+            self._leases.allowed(key)
+
+    async def _change(
+        self, limit: Limit, key: str, change: Callable[[float, float], tuple[int, float, float]]
+    ) -> tuple[int, float, float]:
+        """Change the shared state from what it is; the tokens, seconds to wait if it was none, and when that was."""
         name = hashlib.sha256(f"{key}:{limit.calls}/{limit.seconds:g}:{limit.burst}".encode()).hexdigest()
         try:
-            for _ in range(TRIES):
-                found = await self._rates.get(name)
-                now = time.time()
-                tat = float(found.data) if found is not None else 0.0
-                count, after, wait = taken(limit, tat, now, chunk(limit, self._sidecars()))
-                if not count:
-                    self._leases.refused(key, wait, now)
-                    return wait
-                try:
-                    await self._rates.put(name, repr(after).encode(), after=found.seq if found is not None else 0)
-                except Conflict:
-                    continue
-                self._leases.add(key, count, now)
-                self._leases.spend(key, now)
-                return 0.0
-        except (BrokerError, ValueError, InvalidConfig) as error:
-            log.warning("how far a rate limit is used cannot be read or written: %s", error)
-        return UNKNOWN
+            async with asyncio.timeout(WITHIN):
+                for _ in range(TRIES):
+                    found = await self._rates.get(name)
+                    now = time.time()
+                    count, after, wait = change(float(found.data) if found is not None else 0.0, now)
+                    if not count:
+                        return 0, wait, now
+                    try:
+                        await self._rates.put(name, repr(after).encode(), after=found.seq if found is not None else 0)
+                    except Conflict:
+                        continue
+                    return count, 0.0, now
+        except (BrokerError, ValueError, InvalidConfig, TimeoutError) as error:
+            log.warning("how far a rate limit is used cannot be read or written: %s", error or "it takes too long")
+        return 0, UNKNOWN, time.time()
 
 
-__all__ = ["SharedLimits"]
+__all__ = ["Over", "SharedLimits"]

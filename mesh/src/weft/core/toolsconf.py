@@ -31,7 +31,7 @@ _URL: Final = re.compile(r"https?://[^\s/@]+(/\S*)?\Z")
 _FIELDS: Final = (
     "command", "args", "env", "cwd", "url", "headers_env", "era", "enabled", "trust", "settings",
 )  # fmt: skip
-GUARDS: Final = ("secrets", "egress", "sandbox", "lock", "side_effects", "records")
+GUARDS: Final = ("secrets", "egress", "sandbox", "lock", "side_effects", "rate", "redact", "records")
 """Settings that may stand beside the others of a server."""
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +24,10 @@ Progress = Callable[[float, float | None, str], None]
 """Gets how far a call is, of how much (None if that is not known), and what it says about it."""
 PATIENCE: Final = 10.0
 """Seconds a call waits for a sidecar where none runs: one is being started or replaced."""
+AGAIN_FOR: Final = 60.0
+"""Seconds a call that is refused for now waits, all its waits together, before the refusal is its result."""
+FOR_NOW: Final = (mcp.RATE_LIMITED, mcp.BUSY)
+"""Refusals that say nothing but that it is too early."""
 TOOL_KEY: Final = "_tool"
 TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
 
@@ -41,6 +48,13 @@ class ToolResult:
     """Why the sidecar did not make the call: `code`, `kind` and more; None if it did."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """The whole result."""
+
+    @property
+    def redacted(self) -> Mapping[str, int]:
+        """What the sidecar took out of it, and how many of each kind; empty if nothing."""
+        meta = self.raw.get("_meta")
+        found = meta.get(mcp.META_REDACTED) if isinstance(meta, dict) else None
+        return found if isinstance(found, dict) else {}
 
     @staticmethod
     def of(result: Mapping[str, Any]) -> ToolResult:
@@ -110,6 +124,10 @@ class Tools:
         `is_error`. Where persons have to approve the call first, it waits for them, holding nothing, and is made once
         they have; if they do not, that is such a refusal as well. The time they take does not count as `timeout`.
 
+        A call that comes too early, over a rate limit or while the server has no place for it, is made again when the
+        sidecar says, holding no slot meanwhile, if that is within `timeout`, the task's deadline and a minute in all;
+        else it is such a refusal, with `retryAfter` (seconds).
+
         Args:
             tool: `server.tool`.
             fence: the lock that protects what the tool changes; the sidecar refuses the call if it is not held.
@@ -128,18 +146,23 @@ class Tools:
         meta: dict[str, Any] = {mcp.META_STEP: self._run.journal.own_key(f"{TOOL_KEY} {tool}")}
         if progress is not None:
             meta["progressToken"] = "call"
-        waited = ""
+        waited, patience = "", _Patience(timeout)
         while True:
             if fence is not None:
                 token = fence.token  # it may be lost while an approval is waited for
                 meta[mcp.META_FENCE] = [{"name": one, "token": token} for one in fence.names]
             asked = {**params, "_meta": meta}
-            result = ToolResult.of(await self._ask(server, "tools/call", asked, timeout=timeout, progress=progress))
+            told = await self._ask(server, "tools/call", asked, timeout=patience.left, progress=progress)
+            result = ToolResult.of(told)
+            pause = patience.pause(result, self._run.work.deadline)
+            if pause is not None:
+                await self._pause(pause)
+                continue
             approval = _approval(result)
             if approval in ("", waited):
                 return result
             await approving.awaited(self._run, approval)
-            waited = approval
+            waited, patience = approval, _Patience(timeout)
 
     async def list(self) -> tuple[Tool, ...]:
         """The tools the task may call, of all servers."""
@@ -161,6 +184,12 @@ class Tools:
         told = await self._ask(mcp.EVERY, mcp.ISSUE_TOKEN, {"task": self._run.task_id})
         self._run.tokens.append(str(told["id"]))
         return ToolAddress(str(told["url"]), str(told["token"]), float(told["expires"]))
+
+    async def _pause(self, seconds: float) -> None:
+        run = self._run
+        with run.waits.working():  # so soon it is not worth to leave memory
+            async with run.slot.waiting():
+                await asyncio.sleep(seconds)
 
     async def _ask(
         self,
@@ -202,6 +231,38 @@ def _number(value: Any) -> float | None:
         return float(value) if isinstance(value, int | float) else None
     except OverflowError:
         return None
+
+
+class _Patience:
+    """How long a call that is refused for now is tried.
+
+    Args:
+        timeout: seconds of the call, with all its waits; None for no limit of its own.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._until = None if timeout is None else time.time() + timeout
+        self._most = AGAIN_FOR
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of the timeout."""
+        return None if self._until is None else self._until - time.time()
+
+    def pause(self, result: ToolResult, deadline: float | None) -> float | None:
+        """Seconds after which it is made again; None if it is not, or if there was another outcome."""
+        refusal = result.refusal
+        if refusal is None or refusal.get("code") not in FOR_NOW:
+            return None
+        after = refusal.get("retryAfter")
+        if isinstance(after, bool) or not isinstance(after, int | float) or not after > 0:
+            return None
+        pause = float(after) + random.uniform(0.0, 0.1)  # those that were refused together do not come back together
+        ends = [one for one in (self._until, deadline) if one is not None]
+        if pause > self._most or time.time() + pause >= min(ends, default=math.inf):
+            return None
+        self._most -= pause
+        return pause
 
 
 def _approval(result: ToolResult) -> str:

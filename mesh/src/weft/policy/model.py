@@ -12,8 +12,10 @@ ENTITY: Final = {"call": "Tool", "get": "Prompt", "read": "Resource", "list": "S
 """Entity type of the resource of each action."""
 SANDBOXES: Final = ("none", "rlimits", "bubblewrap", "sandlock")
 """Levels of isolation, the weakest first."""
-SCOPES: Final = ("pair", "agent", "tool", "rule")
-"""Whose calls a limit counts together: an agent's to one tool, an agent's, those to a tool, or all by that rule."""
+UNITS: Final = (("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0))
+"""Units of time in limits, and their seconds, the longest first."""
+SCOPES: Final = ("pair", "agent", "tool", "server", "rule")
+"""Whose calls a limit counts together: an agent's to one tool, an agent's, to a tool or a server, or all by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +111,20 @@ class Limit:
         """Calls a second."""
         return self.calls / self.seconds
 
+    @property
+    def words(self) -> str:
+        """As a rule writes it, e.g. `100/m burst 20 per agent`."""
+        burst = f" burst {self.burst}" if self.burst != self.calls else ""
+        return f"{self.calls}/{_time(self.seconds)}{burst} per {self.per}"
+
     def key(self, request: Request) -> str:
         """What is counted together."""
-        who = {"pair": f"{request.agent}>{request.resource}", "agent": request.agent, "tool": request.resource}
+        who = {
+            "pair": f"{request.agent}>{request.resource}",
+            "agent": request.agent,
+            "tool": request.resource,
+            "server": request.server,
+        }
         return f"{self.policy}:{self.per}:{who.get(self.per, '')}"
 
 
@@ -215,3 +228,10 @@ class PolicyEngine(Protocol):
     def visible(self, request: Request) -> bool:
         """Whether some arguments, task and time could exist with which this is allowed; for listings only."""
         ...
+
+
+def _time(seconds: float) -> str:
+    """A time as limits have it: the largest unit that it is a whole number of."""
+    unit, length = next((one for one in UNITS if seconds % one[1] == 0), ("s", 1.0))
+    number = seconds / length
+    return unit if number == 1 else f"{number:g}{unit}"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from weft.policy.model import SANDBOXES, SCOPES, Approval, Limit, Obligations, Request
+from weft.policy.model import SANDBOXES, SCOPES, UNITS, Approval, Limit, Obligations, Request
 from weft.policy.patterns import CLASSES
 from weft.policy.problems import suggestion
 
-UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_SECONDS: Final = dict(UNITS)
 LONGEST: Final = 30 * 86_400.0
 """Seconds that a limit counts over at most."""
 _LIMIT: Final = re.compile(r"(\d{1,9})/(\d{1,6})?([smhd])(?: burst (\d{1,9}))?(?: per (\w+))?")
@@ -141,12 +141,12 @@ def _limit(made: Obligations, policy: str, text: str) -> Obligations:
         match = _LIMIT.fullmatch(part.strip())
         if match is None:
             raise ValueError(f"{part.strip()!r} must be like 10/m, 100/h burst 20 or 5/10s per agent")
-        calls, seconds = int(match[1]), int(match[2] or 1) * UNITS[match[3]]
+        calls, seconds = int(match[1]), int(match[2] or 1) * _SECONDS[match[3]]
         burst, per = int(match[4] or calls), match[5] or "pair"
         if per not in SCOPES:
             raise ValueError(f"{per!r} is none of {', '.join(SCOPES)}{suggestion(per, SCOPES)}")
         if seconds > LONGEST:
-            raise ValueError(f"{part.strip()!r} counts over more than {LONGEST / UNITS['d']:.0f} days")
+            raise ValueError(f"{part.strip()!r} counts over more than {LONGEST / _SECONDS['d']:.0f} days")
         if not calls or not burst or not seconds:
             raise ValueError(f"{part.strip()!r} would allow nothing; a forbid says that")
         limits.append(Limit(policy, calls, seconds, burst, per))

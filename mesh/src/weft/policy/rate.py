@@ -62,6 +62,11 @@ def taken(limit: Limit, tat: float, now: float, most: int) -> tuple[int, float, 
     return count, bucket.tat, 0.0 if count else bucket.wait(now)
 
 
+def returned(limit: Limit, tat: float, now: float) -> float:
+    """The shared state when one token of a call that was not made is given back, soon after it was taken."""
+    return max(0.0, tat - 1 / limit.rate) if tat > now else tat
+
+
 @dataclass(slots=True)
 class _Chunk:
     left: int = 0
@@ -98,6 +103,18 @@ class Leases:
         self._chunks.move_to_end(key)
         while len(self._chunks) > LIMITS:
             self._chunks.popitem(last=False)
+
+    def give_back(self, key: str, now: float) -> None:
+        """Keep a token that was spent on nothing, as long as the rest of its chunk; it is lost after that."""
+        found = self._chunks.get(key)
+        if found is not None and found.until > now:
+            found.left += 1
+
+    def allowed(self, key: str) -> None:
+        """There may be tokens again: ask when one is needed."""
+        found = self._chunks.get(key)
+        if found is not None:
+            found.not_before = 0.0
 
     def refused(self, key: str, wait: float, now: float) -> None:
         """Remember that there were none, and for how long."""

@@ -26,6 +26,7 @@ KEYS: Final = 4096
 _COUNTS: Final = re.compile(r"(?i)token|pass|seed")
 """Keys whose number counts something: `token: 12`."""
 _ENCODED: Final = re.compile(r"[A-Za-z0-9+/_-]{24,16384}={0,2}")
+_MARKED: Final = re.compile(r"\[redacted:([a-z0-9-]+)\]")
 _DIGITS: Final = re.compile(r"\d")
 
 _PASSWORD_KEYS: Final = ("password", "passwd", "passphrase", "secret", "apikey", "privatekey", "accesskey", "secretkey")
@@ -193,6 +194,11 @@ def _replaced(pattern: Pattern, text: str, lower: str, found: Redacted) -> str:
 def _gone(kind: str, found: Redacted) -> str:
     found.counts[kind] += 1
     return f"{MARK}{kind}]"
+
+
+def kinds(text: str) -> Counter[str]:
+    """How many marks of each kind a text has."""
+    return Counter(_MARKED.findall(text))
 
 
 @lru_cache(maxsize=8)

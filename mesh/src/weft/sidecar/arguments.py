@@ -42,18 +42,43 @@ class _Spent(Exception):
     """There are no steps left."""
 
 
+class Schemas:
+    """Validators of schemas, kept ready."""
+
+    def __init__(self) -> None:
+        self._ready: OrderedDict[str, Validator | str] = OrderedDict()
+
+    async def validator(self, digest: str, schema: Mapping[str, Any]) -> Validator | str:
+        """The validator of a schema, or why there can be none."""
+        ready = self._ready.get(digest)
+        if ready is None:
+            ready = self._ready[digest] = await aside(_made, schema, large=heavy(schema))
+            if len(self._ready) > KEPT:
+                self._ready.popitem(last=False)
+        else:
+            self._ready.move_to_end(digest)
+        return ready
+
+    async def fits(self, digest: str, schema: Mapping[str, Any], value: Any) -> bool | None:
+        """Whether a value has the form of a schema; None if that cannot be told."""
+        validator = await self.validator(digest, schema)
+        if isinstance(validator, str):
+            return None
+        return await aside(_fits, validator, value, large=heavy(value))
+
+
 class Arguments(Passing):
     """Arguments of tools have the form that the tool says."""
 
     def __init__(self) -> None:
-        self._ready: OrderedDict[str, Validator | str] = OrderedDict()
+        self._schemas = Schemas()
 
     async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Refuse what has not, saying where."""
         schema = call.definition.get("inputSchema") if call.definition is not None else None
         if call.method != "tools/call" or not isinstance(schema, Mapping):
             return call
-        validator = await self._validator(call.definition_digest, schema)
+        validator = await self._schemas.validator(call.definition_digest, schema)
         if isinstance(validator, str):
             return Refusal(INVALID_PARAMS, f"the schema of {call.name} cannot be used: {validator}", in_band=True)
         large = heavy(call.arguments)
@@ -68,17 +93,6 @@ class Arguments(Passing):
             INVALID_PARAMS, f"wrong arguments for {call.name}: {'; '.join(found)}", {"mistakes": found}, in_band=True
         )
 
-    async def _validator(self, digest: str, schema: Mapping[str, Any]) -> Validator | str:
-        """The validator of a schema, or why there can be none."""
-        ready = self._ready.get(digest)
-        if ready is None:
-            ready = self._ready[digest] = await aside(_made, schema, large=heavy(schema))
-            if len(self._ready) > KEPT:
-                self._ready.popitem(last=False)
-        else:
-            self._ready.move_to_end(digest)
-        return ready
-
 
 def _mistakes(validator: Validator, arguments: Mapping[str, Any], steps: int) -> list[str] | None:
     """What is wrong with arguments; None if it took more steps to find out."""
@@ -91,6 +105,14 @@ def _mistakes(validator: Validator, arguments: Mapping[str, Any], steps: int) ->
         return [f"the schema refers to {error.ref}, which is not in it; nothing is fetched"]
     except RecursionError:
         return ["they nest too deep"]
+
+
+def _fits(validator: Validator, value: Any) -> bool | None:
+    _LEFT.set([STEPS])
+    try:
+        return next(validator.iter_errors(value), None) is None
+    except (_Spent, Unresolvable, RecursionError):
+        return None
 
 
 def _made(schema: Mapping[str, Any]) -> Validator | str:

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from weft.core.yamlfields import did_you_mean
 from weft.policy.egress import Egress
-from weft.policy.model import SANDBOXES, Obligations, Request
+from weft.policy.model import SANDBOXES, Limit, Obligations, Request
 from weft.policy.obligations import NOTHING, READERS, fill
+from weft.policy.patterns import CLASSES
 from weft_protocols.errors import InvalidConfig
 
 SOURCES: Final = ("env", "file", "command")
@@ -69,8 +70,12 @@ class Guards:
     sandbox: SandboxRules = field(default_factory=SandboxRules)
     locks: Mapping[str, str] = field(default_factory=dict)
     """Names of locks by tool, arguments in braces; `*` for every tool."""
+    rates: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
+    """Limits by tool; `*` for whatever is asked of the server. Their rule is that key."""
     effects: frozenset[str] = frozenset()
     """Tools with side effects; `*` for every tool."""
+    redact: tuple[str, ...] = ("secrets",)
+    """Classes of data that are taken out of what it says, whatever the policy asks for."""
     required: bool = True
     """Whether a call is only made once it is recorded."""
     show_arguments: bool = True
@@ -81,6 +86,10 @@ class Guards:
         named = tuple(self.locks[key] for key in (tool, EVERY_TOOL) if key in self.locks)
         asked = Request(agent="", action="call", server="", name=tool, arguments=arguments)
         return tuple(dict.fromkeys(fill(Obligations(locks=named), asked).locks))
+
+    def rates_of(self, tool: str) -> tuple[Limit, ...]:
+        """The limits that a call of a tool counts for; of what is none, for an empty name."""
+        return tuple(limit for key in dict.fromkeys((tool, EVERY_TOOL)) for limit in self.rates.get(key, ()))
 
     def has_effects(self, tool: str) -> bool:
         """Whether a tool is marked as one with side effects."""
@@ -95,7 +104,9 @@ def guards_of(settings: Mapping[str, Any], where: str = "settings") -> Guards:
         egress=Egress.of(settings.get("egress"), f"{where}.egress"),
         sandbox=_sandbox(settings.get("sandbox"), f"{where}.sandbox"),
         locks=_locks(settings.get("lock"), f"{where}.lock"),
+        rates=_rates(settings.get("rate"), f"{where}.rate"),
         effects=_effects(settings.get("side_effects"), f"{where}.side_effects"),
+        redact=_redact(settings.get("redact"), f"{where}.redact"),
         required=record[0],
         show_arguments=record[1],
     )
@@ -190,6 +201,22 @@ def _locks(raw: Any, where: str) -> dict[str, str]:
     return dict(told)
 
 
+def _rates(raw: Any, where: str) -> dict[str, tuple[Limit, ...]]:
+    if raw is None:
+        return {}
+    told = {EVERY_TOOL: raw} if isinstance(raw, str) else _mapping(raw, where)
+    made: dict[str, tuple[Limit, ...]] = {}
+    for tool, text in told.items():
+        at = where if isinstance(raw, str) else f"{where}.{tool}"
+        if not isinstance(text, str):
+            raise InvalidConfig(f"{at} must be a limit such as 100/m per agent, not {text!r}")
+        try:
+            made[tool] = READERS["limit"](NOTHING, tool, text).limits
+        except ValueError as error:
+            raise InvalidConfig(f"{at}: {error}") from None
+    return made
+
+
 def _effects(raw: Any, where: str) -> frozenset[str]:
     if raw is None or raw is False:
         return frozenset()
@@ -198,6 +225,17 @@ def _effects(raw: Any, where: str) -> frozenset[str]:
     if not isinstance(raw, list) or not all(isinstance(one, str) and one for one in raw):
         raise InvalidConfig(f"{where} must be true, or a list of tools")
     return frozenset(raw)
+
+
+def _redact(raw: Any, where: str) -> tuple[str, ...]:
+    if raw is None:
+        return Guards().redact
+    if not isinstance(raw, list) or not all(isinstance(one, str) for one in raw):
+        raise InvalidConfig(f"{where} must be a list of {', '.join(CLASSES)}; empty to take nothing out")
+    for one in raw:
+        if one not in CLASSES:
+            raise InvalidConfig(f"{where}: {one!r} is none of {', '.join(CLASSES)}{did_you_mean(one, CLASSES)}")
+    return tuple(raw)
 
 
 def _record(raw: Any, where: str) -> tuple[bool, bool]:

@@ -17,6 +17,8 @@ SANDBOX: Final = "sandbox"
 """Fact: the level the server runs in."""
 RECORD: Final = "record"
 """Fact: id of the intent, once it is stored."""
+REDACTED: Final = "redacted"
+"""Fact: what was taken out of what came back, a count by kind."""
 REPLAYED: Final = "replayed"
 """Fact: the result is that of an earlier attempt."""
 NOTHING: Final = Obligations()
@@ -37,6 +39,11 @@ def obligations(call: Call) -> Obligations:
 def locks(call: Call) -> tuple[str, ...]:
     """Every lock it needs. Raises ValueError for an argument that cannot be part of a name."""
     return tuple(dict.fromkeys((*call.guards.locks_of(call.name, call.arguments), *obligations(call).locks)))
+
+
+def redactions(call: Call) -> frozenset[str]:
+    """Classes of data that are taken out of what comes back."""
+    return frozenset((*call.guards.redact, *obligations(call).redact))
 
 
 def has_effects(call: Call) -> bool:

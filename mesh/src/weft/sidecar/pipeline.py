@@ -163,18 +163,17 @@ class Pipeline:
         outcome = Outcome(cancelled=True)
         try:
             outcome = await self._through(call, execute, passed)
+            outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AFTER):
                     last = passed[-1][1] if passed else call
                     await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun, call=last))
             raise
-        except (
-            Exception
-        ) as error:  # a stage or a server's answer that nobody thought of: all is given back and recorded
+        except Exception as error:  # what nobody thought of in a stage or an answer: all is given back and recorded
             log.error("%s of %s at %s failed", call.method, call.caller, call.server, exc_info=error)
-            outcome = Outcome(error=_failure(), call=passed[-1][1] if passed else call)
-        outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
+            failed = Outcome(error=_failure(), call=passed[-1][1] if passed else call)
+            outcome = await _back(passed, replace(failed, seconds=time.monotonic() - begun))
         if outcome.result is not None:
             return dict(outcome.result)
         if outcome.refused is not None and outcome.refused.in_band and call.method == "tools/call":

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
+from weft.client.limits import SharedLimits
 from weft.core.broker import Broker
 from weft.core.latest import Follower
 from weft.core.supervise import Tasks
@@ -24,17 +25,22 @@ from weft.sidecar.link import Heard, known_as
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.rated import Rated
 from weft.sidecar.records import Intended, Recorded, Recorder
+from weft.sidecar.redacts import Redacts, hearing, said
 from weft.sidecar.repeats import Repeats
 from weft.sidecar.sandbox import choose
 from weft.sidecar.sandboxed import Sandboxed
 from weft.sidecar.served import CHANGES, Served
 from weft.sidecar.session import Session, as_modern
+from weft.sidecar.siblings import Siblings
 from weft.sidecar.stages import ENDLESS, KINDS, Breaker, Concurrency, Deadline, Known, Pinned, ResponseSize
 from weft.sidecar.upstream import Connect
 from weft_protocols.errors import Conflict, InvalidConfig, ToolError, Unavailable
 from weft_protocols.mcp import (
     EVERY,
+    META_REDACTED,
+    META_REFUSAL,
     META_SUBSCRIPTION,
     METHOD_NOT_FOUND,
     NO_SERVER,
@@ -57,12 +63,17 @@ FORWARDED: Final = (
     "tools/call", "prompts/get", "resources/read", "resources/list", "completion/complete", "subscriptions/listen",
 )  # fmt: skip
 VERSION_TEXT: Final = re.compile(r"[A-Za-z0-9.+_-]{1,40}\Z")
+OURS: Final = (META_REFUSAL, META_REDACTED)
+"""Keys of `_meta` of results that no server sets."""
 STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
 
 
-def usual_stages(broker: Broker, recorder: Recorder) -> list[Stage]:
-    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`)."""
+def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], int] = lambda: 1) -> list[Stage]:
+    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`).
+
+    `sidecars` says how many there are about now.
+    """
     return [
         Recorded(recorder),
         Deadline(),
@@ -72,7 +83,9 @@ def usual_stages(broker: Broker, recorder: Recorder) -> list[Stage]:
         Sandboxed(),
         Fenced(by_coordinator(broker)),
         Repeats(broker),
-        ResponseSize(),
+        Rated(SharedLimits(broker, sidecars=sidecars)),
+        Redacts(),
+        ResponseSize(),  # on the way back it comes first: what is too large is not looked through
         Breaker(),
         Concurrency(),
         Intended(recorder),
@@ -91,7 +104,9 @@ class Plane:
     def __init__(self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None) -> None:
         self.store = ToolStore(broker)
         self.recorder = Recorder(broker)
-        self.pipeline = Pipeline(stages if stages is not None else usual_stages(broker, self.recorder))
+        self._siblings = Siblings(broker)
+        usual = usual_stages(broker, self.recorder, sidecars=lambda: self.sidecars) if stages is None else stages
+        self.pipeline = Pipeline(usual)
         self.events = Events()
         self._connect = connect
         self._served: dict[str, Served] = {}
@@ -104,6 +119,7 @@ class Plane:
     async def start(self) -> None:
         """Read what is registered, and follow it from now on. Raises Unavailable if it cannot be read."""
         await asyncio.to_thread(choose, SandboxRules())  # it is tried out once
+        await self._siblings.start()
         ready = asyncio.Event()
         self._tasks.start(self._follower.run(ready.set), name="registrations")
         try:
@@ -115,6 +131,7 @@ class Plane:
     async def aclose(self) -> None:
         """End every server's processes and connections."""
         await self._tasks.aclose()
+        await self._siblings.aclose()
         await self.events.aclose()
         await self.recorder.aclose()
         served, self._served = list(self._served.values()), {}
@@ -122,6 +139,11 @@ class Plane:
             for one in served:
                 group.create_task(one.aclose())
             group.create_task(self._ending.idle())  # to the end of each: a process must not outlive it
+
+    @property
+    def sidecars(self) -> int:
+        """How many sidecars there are about now, this one included."""
+        return self._siblings.count
 
     @property
     def servers(self) -> dict[str, Served]:
@@ -215,6 +237,7 @@ class Plane:
 
     async def _forward(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         headers = {**request.extra, **param_headers(call)}
+        heard = hearing(call, heard)
         async with served.upstream.borrowed() as session:
             if call.method in ENDLESS:
                 return await self._listen(session, call, request, heard)
@@ -227,6 +250,7 @@ class Plane:
 
     async def _call(self, session: Session, call: Call, heard: Heard, headers: Mapping[str, str]) -> dict[str, Any]:
         result = await session.call(call.method, call.params, modern=call.modern, heard=heard, headers=headers)
+        result = _without_ours(result)
         if call.method in ("resources/list", "resources/read") and "cacheScope" in result:
             # Who may see it is decided for each caller, so that nobody may keep it for others.
             result = {**result, "cacheScope": "private"}
@@ -289,8 +313,15 @@ class Plane:
             pin=pin,
             pin_sequence=sequence,
             remember=self._remember,
-            on_event=self.events.said,
+            on_event=self._said,
         )
+
+    def _said(self, server: str, method: str, params: dict[str, Any]) -> None:
+        """Tell whoever listens what a server said by itself."""
+        served = self._served.get(server)
+        told = said(frozenset(served.upstream.guards.redact), method, params) if served is not None else params
+        if told is not None:
+            self.events.said(server, method, told)
 
     async def _read_pins(self) -> None:
         found: dict[str, tuple[int, Pin | None]] = {}
@@ -323,3 +354,11 @@ def _version(info: Mapping[str, Any]) -> str:
     """A server's version as it says it, if it looks like one."""
     told = info.get("version")
     return told if isinstance(told, str) and VERSION_TEXT.match(told) else ""
+
+
+def _without_ours(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what only the sidecar says: a server could pass for it."""
+    meta = result.get("_meta")
+    if not isinstance(meta, dict) or not any(key in meta for key in OURS):
+        return result
+    return {**result, "_meta": {key: value for key, value in meta.items() if key not in OURS}}

@@ -12,13 +12,14 @@ import math
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
 from weft.core.broker import Broker
 from weft.core.supervise import Tasks
-from weft.policy.redaction import MARK, Redactor
+from weft.policy.redaction import MARK, Redactor, kinds
 from weft.sidecar import owed
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
 from weft.sidecar.weight import aside, heavy
@@ -80,7 +81,7 @@ class Recorder:
                 "sandbox": call.facts.get(owed.SANDBOX),
                 "deadline": int(call.deadline * 1000) if call.deadline is not None else None,
             },
-            outcome=_json(_outcome(call, outcome)) if outcome is not None else {},
+            outcome=_json(self._outcome(call, outcome)) if outcome is not None else {},
         )
 
     async def written(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
@@ -131,6 +132,32 @@ class Recorder:
             shown = _json(self._redactor.value(shown))
             made["shown"] = shown if len(json.dumps(shown)) <= SHOWN else None
         return made
+
+    def _outcome(self, call: Call, outcome: Outcome) -> dict[str, Any]:
+        made: dict[str, Any] = {"ms": int(outcome.seconds * 1000)}
+        if outcome.cancelled:
+            return made | {"status": "cancelled"}
+        if outcome.result is not None:
+            failed = outcome.result.get("isError") is True
+            replayed = call.facts.get(owed.REPLAYED)
+            try:
+                data = json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False)
+            except RecursionError:  # just too deep for here, though not for where it was measured
+                data = ""
+            return made | {
+                "status": "replayed" if replayed else "failed" if failed else "ok",
+                "bytes": len(data.encode(errors="backslashreplace")),
+                "redactions": _redactions(call, data),
+                "result": digest(dict(outcome.result)) if data else "",
+            }
+        code, message = (outcome.error.code, str(outcome.error)) if outcome.error is not None else (0, "")
+        return made | {
+            "status": "refused" if outcome.refused is not None else "error",
+            "code": code,
+            "kind": CODES.get(code, ("", ""))[0],
+            "message": self._redactor.text(message[:SHOWN])[:500],
+            "redactions": _redactions(call, message),
+        }
 
 
 class Recorded(Passing):
@@ -184,31 +211,10 @@ def _who(call: Call) -> dict[str, Any]:
     }
 
 
-def _outcome(call: Call, outcome: Outcome) -> dict[str, Any]:
-    made: dict[str, Any] = {"ms": int(outcome.seconds * 1000)}
-    if outcome.result is not None:
-        failed = outcome.result.get("isError") is True
-        replayed = call.facts.get(owed.REPLAYED)
-        try:
-            data = json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False)
-        except RecursionError:  # just too deep for here, though not for where it was measured
-            data = ""
-        return made | {
-            "status": "replayed" if replayed else "failed" if failed else "ok",
-            "bytes": len(data.encode(errors="backslashreplace")),
-            "redactions": data.count(MARK) or None,
-            "result": digest(dict(outcome.result)) if data else "",
-        }
-    if outcome.cancelled:
-        return made | {"status": "cancelled"}
-    error = outcome.error
-    code = error.code if error is not None else 0
-    return made | {
-        "status": "refused" if outcome.refused is not None else "error",
-        "code": code,
-        "kind": CODES.get(code, ("", ""))[0],
-        "message": str(error)[:500] if error is not None else "",
-    }
+def _redactions(call: Call, shown: str) -> dict[str, int]:
+    """What was taken out, by kind: as it was counted, and as the marks say that stand in what the caller gets."""
+    counted = call.facts.get(owed.REDACTED) or {}
+    return dict(Counter(counted) | (kinds(shown) if MARK in shown else Counter()))
 
 
 def _json(value: Any) -> Any:

@@ -26,6 +26,8 @@ class Limits:
     """Processes of a stdio server at a time; the second starts when every other is busy."""
     concurrency: int = 16
     """Calls under way at a time; further ones wait `queue_timeout`, then are refused."""
+    concurrency_per_agent: int = 0
+    """Calls of one agent under way at a time; 0 for three quarters of all."""
     queue_timeout: float = 5.0
     response_bytes: int = 4 * MIB
     """Of one result."""
@@ -35,9 +37,14 @@ class Limits:
     refresh: float = 60.0
     """Age at which the definitions are read again before they are shown."""
 
+    @property
+    def share(self) -> int:
+        """Places that one agent may have: some are left to others, where there are four or more."""
+        return min(self.concurrency, self.concurrency_per_agent or self.concurrency - self.concurrency // 4)
+
 
 KNOWN: Final = tuple(Limits.__dataclass_fields__)
-LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "limits", "egress", "redaction")
+LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "egress", "rate", "redact")
 """Keys that `weft.sidecar.guards` and other stages read."""
 
 

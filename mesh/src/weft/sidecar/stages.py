@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
+from weft.sidecar.settings import Limits
 from weft.sidecar.weight import measured
 from weft_protocols.mcp import (
     BUSY,
@@ -137,16 +138,43 @@ class Breaker:
 
 @dataclass(slots=True)
 class _Places:
+    """The places of one server, and who waits for one: agents by turns, each agent's calls in their order."""
+
     taken: Counter[str] = field(default_factory=Counter)
-    """How many each caller has."""
-    waiting: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
+    """By agent."""
+    waiting: OrderedDict[str, deque[asyncio.Future[None]]] = field(default_factory=OrderedDict)
+    """By agent, whoever's turn is next first."""
+
+    def free(self, agent: str, limits: Limits) -> bool:
+        """Whether there is a place for an agent."""
+        return self.taken.total() < limits.concurrency and self.taken[agent] < limits.share
+
+    def leave(self, agent: str, limits: Limits) -> None:
+        """Give a place back, and places to those whose turn it is."""
+        self.taken[agent] -= 1
+        if not self.taken[agent]:
+            del self.taken[agent]
+        while (following := next((one for one in self.waiting if self.free(one, limits)), None)) is not None:
+            turn = self.waiting[following].popleft()
+            if self.waiting[following]:
+                self.waiting.move_to_end(following)
+            else:
+                del self.waiting[following]
+            if not turn.done():
+                self.taken[following] += 1
+                turn.set_result(None)
+
+    def forget(self, agent: str, turn: asyncio.Future[None]) -> None:
+        """Somebody waits no more."""
+        queue = self.waiting.get(agent)
+        if queue is not None and turn in queue:
+            queue.remove(turn)
+            if not queue:
+                del self.waiting[agent]
 
 
 class Concurrency:
-    """So many calls of one server are under way at once; others wait a little.
-
-    A place that becomes free is given to the caller who has the fewest: one who asks much keeps nobody out.
-    """
+    """So many calls of one server are under way at once, and so many of one agent; others wait a little."""
 
     def __init__(self) -> None:
         self._places: dict[str, _Places] = {}
@@ -155,48 +183,35 @@ class Concurrency:
         """Take a place."""
         if call.method in ENDLESS:
             return call
-        places = self._places.setdefault(call.server, _Places())
-        if places.taken.total() < call.limits.concurrency:
+        places, limits = self._places.setdefault(call.server, _Places()), call.limits
+        if places.free(call.caller, limits):
             places.taken[call.caller] += 1
             return call
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place = (call.caller, turn)
-        places.waiting.append(place)
+        places.waiting.setdefault(call.caller, deque()).append(turn)
         try:
-            async with asyncio.timeout(call.limits.queue_timeout):
+            async with asyncio.timeout(limits.queue_timeout):
                 await turn
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError) as error:
             if turn.done() and not turn.cancelled():
-                self._free(places, call.caller)
+                places.leave(call.caller, limits)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            whose, most = ("", limits.concurrency)
+            if places.taken[call.caller] >= limits.share:
+                whose, most = f" of {call.caller}", limits.share
             return Refusal(
                 BUSY,
-                f"{call.server} has {call.limits.concurrency} calls under way; try again later",
-                {"retryAfter": call.limits.queue_timeout},
+                f"{call.server} has {most} calls{whose} under way; try again later",
+                {"retryAfter": limits.queue_timeout},
                 in_band=True,
             )
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._free(places, call.caller)
-            raise
         finally:
-            if place in places.waiting:
-                places.waiting.remove(place)
+            places.forget(call.caller, turn)
         return call
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
-        """Give the place to whoever waits longest."""
+        """Give the place to whoever's turn it is."""
         if call.method not in ENDLESS:
-            self._free(self._places[call.server], call.caller)
+            self._places[call.server].leave(call.caller, call.limits)
         return outcome
-
-    @staticmethod
-    def _free(places: _Places, caller: str) -> None:
-        places.taken[caller] -= 1
-        if not places.taken[caller]:
-            del places.taken[caller]
-        places.waiting = [place for place in places.waiting if not place[1].done()]
-        if places.waiting:
-            place = min(places.waiting, key=lambda one: places.taken[one[0]])
-            places.waiting.remove(place)
-            places.taken[place[0]] += 1
-            place[1].set_result(None)

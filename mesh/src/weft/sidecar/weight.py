@@ -13,9 +13,9 @@ NODES: Final = 2000
 CHARACTERS: Final = 64 * 1024
 
 
-def heavy(value: Any) -> bool:
-    """Whether a JSON value has more than `NODES` parts or `CHARACTERS` characters. Itself quick for any value."""
-    nodes, characters, left = NODES, CHARACTERS, [value]
+def heavy(value: Any, *, nodes: int = NODES, characters: int = CHARACTERS) -> bool:
+    """Whether a JSON value has more than so many parts, or characters. Itself quick for any value."""
+    left = [value]
     while left:
         one = left.pop()
         if isinstance(one, str):
