@@ -9,14 +9,18 @@ import asyncio
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from weft.core.broker import Broker
 from weft.core.toolsconf import ToolServer
 from weft.policy.egress import Refused
+from weft.sidecar.code.journal import Journals
+from weft.sidecar.code.link import CodeLink
 from weft.sidecar.egress import Clients
 from weft.sidecar.guards import guards_of
 from weft.sidecar.http import HttpLink
 from weft.sidecar.link import Heard, Link
 from weft.sidecar.sandbox import NONE, jailed
 from weft.sidecar.secrets import Scrubber, resolve
+from weft.sidecar.settings import limits_of
 from weft.sidecar.stdio import ProcessCommand, StdioLink
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import UPSTREAM_FAILED
@@ -27,15 +31,20 @@ class Connector:
 
     Args:
         clients: for servers at addresses.
+        broker: a connection of account MESH, for what built-in servers keep.
         private: files and folders no process may read: the mesh's own.
     """
 
-    def __init__(self, clients: Clients, *, private: Sequence[str] = ()) -> None:
+    def __init__(self, clients: Clients, broker: Broker, *, private: Sequence[str] = ()) -> None:
         self._clients = clients
+        self._broker = broker
         self._private = tuple(private)
 
     async def __call__(self, server: ToolServer, on_event: Heard) -> Link:
         """A link to a server. Raises LinkEnded, or ToolError that says what is missing or not allowed."""
+        if server.builtin:
+            limits = limits_of(server.settings, f"settings of {server.name}")
+            return await CodeLink.start(limits, Journals(self._broker))
         guards = guards_of(server.settings, f"settings of {server.name}")
         sent, values = await resolve(guards.secrets, server.name)
         if server.url:

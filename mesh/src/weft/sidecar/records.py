@@ -35,7 +35,6 @@ BEFORE: Final = 5.0
 """Seconds an intent has to be stored."""
 BEHIND: Final = 256
 """Outcomes that are being stored; with more, calls wait for theirs."""
-_ID: Final = "call"
 
 
 class Recorder:
@@ -68,7 +67,7 @@ class Recorder:
             }
         return AuditRecord(
             kind,
-            str(call.facts.get(_ID) or uuid.uuid4().hex),
+            str(call.facts.get(owed.CALL) or uuid.uuid4().hex),
             int(time.time() * 1000),
             self.by,
             who=_who(call),
@@ -76,6 +75,7 @@ class Recorder:
             why=why,
             how={
                 "sandbox": call.facts.get(owed.SANDBOX),
+                "within": call.facts.get(owed.WITHIN),
                 "deadline": int(call.deadline * 1000) if call.deadline is not None else None,
             },
             outcome=_outcome(call, outcome) if outcome is not None else {},
@@ -133,7 +133,7 @@ class Recorded(Passing):
 
     async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Give it an id."""
-        return call.with_fact(_ID, uuid.uuid4().hex)
+        return call.with_fact(owed.CALL, uuid.uuid4().hex)
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Record it."""

@@ -37,7 +37,7 @@ class Limits:
 
 
 KNOWN: Final = tuple(Limits.__dataclass_fields__)
-LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "limits", "egress", "redaction")
+LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "limits", "egress", "redaction", "code")
 """Keys that `weft.sidecar.guards` and other stages read."""
 
 
