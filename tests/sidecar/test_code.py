@@ -13,6 +13,7 @@ from weft.client.tools import ToolRequest
 from weft.core.broker import Broker
 from weft.policy.model import Decision, Obligations
 from weft.sidecar import owed
+from weft.sidecar.arguments import Arguments
 from weft.sidecar.pipeline import Call, Outcome, Passing, Pipeline, Refusal
 from weft.testing.agents import client, eventually, running
 from weft.testing.broker import BrokerMesh
@@ -50,7 +51,8 @@ def policy(stage: Any) -> Any:
     """Among the stages, where the one that decides is."""
     plane, made = stage.service.plane, Policy()
     before = plane.pipeline
-    plane.pipeline = Pipeline([*before.stages[:5], made, *before.stages[5:]])
+    place = next(n for n, one in enumerate(before.stages) if isinstance(one, Arguments)) + 1
+    plane.pipeline = Pipeline([*before.stages[:place], made, *before.stages[place:]])
     yield made
     plane.pipeline = before
 
@@ -174,7 +176,8 @@ async def test_names_that_python_does_not_have_are_written_with_underscores_or_c
     )
     text = told["content"][0]["text"]
     assert [line for line in text.splitlines() if not line.startswith("    ")] == [
-        f"tools.{py(other)}.get_it()", f'call("{other}.a.b", {{}})', f'call("{other}.a-b", {{}})', f"tools.{py(other)}.import_()",
+        f"tools.{py(other)}.get_it()", f'call("{other}.a.b", {{}})', f'call("{other}.a-b", {{}})',
+        f"tools.{py(other)}.import_()",
     ]  # fmt: skip
     names = f"""
 found = []
@@ -207,7 +210,8 @@ async def test_a_tool_that_fails_or_is_refused_raises_what_the_code_can_catch(st
     policy.denied = {"locked"}
     source = f"""
 found = []
-for tool, given in (('run', {{'code': 'raise ValueError("no")'}}), ('locked', {{}}), ('run', {{'code': 5}}), ('gone', {{}})):
+raising = {{'code': 'raise ValueError("no")'}}
+for tool, given in (('run', raising), ('locked', {{}}), ('run', {{'code': 5}}), ('gone', {{}})):
     try:
         call('{other}.' + tool, given)
     except ToolError as error:
@@ -242,8 +246,10 @@ async def test_the_policy_decides_about_the_code_itself(stage: Any, policy: Poli
 async def test_a_call_of_code_is_in_the_name_of_the_same_caller_and_task(stage: Any, policy: Policy) -> None:
     server, other = await stage.code(timeout=20), await stage.runner()
     task = f"{server}-t1"
-    await stage.python(server, f"tools.{py(other)}.run(code='result = 1')\ntools.{py(other)}.run(code='result = 1')", task=task)
-    outer, first, second = policy.calls
+    await stage.python(
+        server, f"tools.{py(other)}.run(code='result = 1')\ntools.{py(other)}.run(code='result = 1')", task=task
+    )
+    outer, first, _ = policy.calls
     assert (first.caller, first.task, first.front) == (outer.caller, task, "nats")
     assert first.chain == outer.chain == ("boss/t0", f"{outer.caller}/{task}")
     assert (first.agent_version, first.request) == (outer.agent_version, outer.request)
@@ -275,9 +281,7 @@ async def test_a_record_names_the_call_whose_code_made_it(stage: Any, broker: Br
     assert (intent.id, intent.how["within"]) == (inner.id, outer.id)
 
 
-async def test_an_agent_runs_code_with_nothing_else(
-    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]
-) -> None:
+async def test_an_agent_runs_code_with_nothing_else(stage: Any, mesh: BrokerMesh, unique: Callable[[str], str]) -> None:
     server, other = await stage.code(), await stage.runner()
     agent = Agent(unique("coder"))
 

@@ -96,7 +96,7 @@ def checked(server: ToolServer) -> ToolServer:
     check_server(server.name)
     found = []
     if sum(map(bool, (server.command, server.url, server.builtin))) != 1:
-        found.append("it has either a command, a url or a builtin")
+        found.append("it has either a command or a url, or is a builtin")
     found += _builtin_mistakes(server)
     if server.url and not _URL.match(server.url):
         found.append(f"{server.url!r} is no http or https address (and credentials never stand in it)")
