@@ -139,7 +139,7 @@ async def test_code_that_went_another_way_is_not_answered_from_what_was(stage: A
 
     async def altered(call: Call) -> Any:
         journal = await read(call)
-        journal.calls[0]["arguments"] = "0" * 64
+        journal.before[0]["arguments"] = "0" * 64
         found.append(journal)
         return journal
 
@@ -183,6 +183,15 @@ found
     result = await stage.python(server, source, task=task, step="s1")
     assert result["structuredContent"]["result"] == [900002] * 3
     assert notes(stage, other).count("large") == 3
+
+
+async def test_all_results_together_are_bounded(stage: Any, persons: Persons, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.sidecar.code.run.RECEIVED", 1_000_000)
+    server, other = await stage.code(), await stage.runner()
+    source = f"[len(call('{other}.run', code=\"note('large'); result = 'x' * 900000\")) for _ in range(9)]"
+    result = await stage.python(server, source)
+    assert result["structuredContent"]["error"]["limit"] == "code.calls"
+    assert notes(stage, other) == ["large"] * 2
 
 
 async def test_what_cannot_be_kept_or_read_is_no_approval_to_wait_for(

@@ -6,10 +6,10 @@ call of that task, code and inputs. Calls with side effects are besides kept eac
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from weft.core import blobs
@@ -23,33 +23,42 @@ from weft_protocols.resources import EFFECT_RECORDS, EFFECTS
 log = logging.getLogger("weft.sidecar")
 
 HEADROOM: Final = 4096
+BLOB: Final = b"blob:"
+"""Before the reference to what is too large for a message."""
 
 
-@dataclass(slots=True)
 class Journal:
-    """Of one call."""
+    """Of one call.
 
-    at: float
-    """Unix seconds at which the code ran first: what its clock shows."""
-    seed: str
-    """What its random numbers begin with."""
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    """In their order: `tool`, `arguments` (digest), and `result`, or `error` as in JSON-RPC."""
+    Args:
+        at: unix seconds at which the code ran first: what its clock shows.
+        seed: what its random numbers begin with.
+        before: what came of the calls of the run before, in their order: `tool`, `arguments` (digest), `answered`, and
+            `result`, or `error` as in JSON-RPC.
+    """
 
-    @classmethod
-    def decode(cls, data: bytes) -> Journal | None:
-        """As it was stored; None if it is none."""
-        try:
-            raw = json.loads(data)
-            calls = [dict(one) for one in raw["calls"]]
-            return cls(float(raw["at"]), str(raw["seed"]), calls)
-        except (ValueError, TypeError, KeyError):
-            return None
+    def __init__(self, at: float, seed: str, before: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.at = at
+        self.seed = seed
+        self.before = list(before)
+        self.size = 0
+        """Bytes of what this run had from its calls."""
+        self._made: list[bytes] = []
+
+    @property
+    def calls(self) -> int:
+        """How many this run has made, or had from the one before."""
+        return len(self._made)
+
+    def add(self, told: Mapping[str, Any]) -> None:
+        """Note what came of a call."""
+        line = json.dumps(told, separators=(",", ":")).encode()
+        self.size += len(line)
+        self._made.append(line)
 
     def encode(self) -> bytes:
-        """As it is stored."""
-        made = {"at": self.at, "seed": self.seed, "calls": self.calls}
-        return json.dumps(made, separators=(",", ":")).encode()
+        """As it is stored: one JSON value a line, so that reading a long one holds nobody up."""
+        return b"\n".join([json.dumps({"at": self.at, "seed": self.seed}).encode(), *self._made])
 
 
 class Journals:
@@ -63,18 +72,16 @@ class Journals:
         if not call.task:
             return None
         found = await self._broker.last(EFFECTS, _subject(call))
-        if found is None or not found.data:
-            return None
-        data = found.data
-        if data.startswith(b"blob:"):
-            data = await blobs.get(self._broker, blobs.BlobRef.parse(data[5:].decode()))
-        return Journal.decode(data)
+        data = found.data if found is not None else b""
+        if data.startswith(BLOB):
+            data = await blobs.get(self._broker, blobs.BlobRef.parse(data.removeprefix(BLOB).decode()))
+        return await _decoded(data) if data else None
 
     async def write(self, call: Call, journal: Journal) -> None:
         """Keep it for the repeat. Raises WeftError if it is not known to be stored."""
         data = journal.encode()
         if len(data) + HEADROOM > self._broker.max_payload:
-            data = b"blob:" + (await blobs.put(self._broker, data)).url.encode()
+            data = BLOB + (await blobs.put(self._broker, data)).url.encode()
         await self._broker.publish(_subject(call), data)
 
     async def drop(self, call: Call) -> None:
@@ -85,6 +92,21 @@ class Journals:
             await self._broker.publish(_subject(call), b"")
         except WeftError as error:
             log.warning("what was kept for code of task %s is not removed: %s", call.task, error)
+
+
+async def _decoded(data: bytes) -> Journal | None:
+    """As it was stored; None if it is none."""
+    first, *rest = data.split(b"\n")
+    before = []
+    try:
+        head = json.loads(first)
+        for line in rest:
+            before.append(dict(json.loads(line)))
+            await asyncio.sleep(0)
+        return Journal(float(head["at"]), str(head["seed"]), before)
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("what was kept for code cannot be read, and it runs from its beginning: %s", error)
+        return None
 
 
 def key(call: Call) -> str:

@@ -26,7 +26,7 @@ from weft.sidecar.link import Heard, LinkEnded
 from weft.sidecar.pipeline import Call, Refusal, Refused
 from weft.sidecar.settings import Limits
 from weft_protocols.errors import ToolError, WeftError
-from weft_protocols.mcp import INVALID_PARAMS, META_STEP, METHOD_NOT_FOUND, UNRECORDED, UPSTREAM_FAILED, VERSION
+from weft_protocols.mcp import BUSY, INVALID_PARAMS, META_STEP, METHOD_NOT_FOUND, UNRECORDED, UPSTREAM_FAILED, VERSION
 
 if TYPE_CHECKING:
     import pydantic_monty as monty
@@ -170,7 +170,8 @@ class CodeLink:
                 return await self._run(call, within, journal)
         except TimeoutError:
             if not limit.expired():
-                raise
+                busy = Refusal(BUSY, "no process is free to run code; try again later", in_band=True)
+                raise Refused(busy) from None
             if self.ended.is_set():
                 raise LinkEnded(self.reason) from None
             return answers.over("timeout", "the whole call took too long", "")
@@ -217,7 +218,7 @@ class CodeLink:
             raise Refused(Refusal(UNRECORDED, message, in_band=True)) from None
 
     async def _kept(self, call: Call, journal: Journal) -> None:
-        if not call.task or not journal.calls:
+        if not call.task:
             return
         try:
             await self._journals.write(call, journal)

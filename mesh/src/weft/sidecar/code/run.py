@@ -29,6 +29,8 @@ PRELUDE: Final = "ToolError = RuntimeError"
 RESERVED: Final = ("tools", "call", "ToolError")
 ARGUMENTS: Final = 1024 * 1024
 """Bytes of the arguments of one call."""
+RECEIVED: Final = 32 * 1024 * 1024
+"""Bytes that all calls of a run may give."""
 SAID: Final = 2000
 """Characters of an error that the code gets."""
 _UNSURE: Final = (UPSTREAM_FAILED, LATE, BROKEN_STREAM)
@@ -69,7 +71,7 @@ class Run:
 
     Args:
         within: the tools.
-        journal: of the call; calls that are in it are answered from it, further ones are added.
+        journal: of the call; it answers the calls that an earlier run made, and gets all.
         step: names the call among those of its task.
         calls: how many of tools may be made.
     """
@@ -77,8 +79,7 @@ class Run:
     def __init__(self, within: Within, journal: Journal, *, step: str, calls: int) -> None:
         self._within = within
         self._journal = journal
-        self._replayed = list(journal.calls)
-        journal.calls.clear()
+        self._replayed = list(journal.before)
         self._step = step
         self._calls = calls
         self._answered: dict[tuple[str, str], int] = {}
@@ -179,8 +180,10 @@ class Run:
 
     async def _made(self, server: str, tool: str, arguments: Mapping[str, Any]) -> Answer:
         """Call a tool, unless an earlier attempt did."""
-        if len(self._journal.calls) >= self._calls:
+        if self._journal.calls >= self._calls:
             raise OverLimit("calls", f"it made more than {self._calls} calls of tools")
+        if self._journal.size > RECEIVED:
+            raise OverLimit("calls", f"its calls gave more than {RECEIVED} bytes")
         if server not in self._within.servers():
             return _error("RuntimeError", f"there is no tool server {server!r} here; see the tool `tools`")
         wanted = entry(f"{server}.{tool}", arguments)
@@ -192,13 +195,13 @@ class Run:
             if outcome.refused is not None and outcome.refused.code == PENDING:
                 raise Suspended(outcome.refused)
             told = {**wanted, **_told(outcome)}
-        self._journal.calls.append(told)
+        self._journal.add(told)
         if told.get("answered"):
             same = (told["tool"], told["arguments"])
             self._answered[same] = self._answered.get(same, 0) + 1
         return _heard(f"{server}.{tool}", told)
 
-    def _replay(self, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _replay(self, wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What came of this call when the code ran before. Where it went another way since, nothing later counts."""
         if not self._replayed:
             return None
