@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,10 +314,32 @@ async def test_it_is_listed_and_pinned_like_any_server(stage: Any) -> None:
         await stage.python(server, "1")
 
 
+@pytest.mark.parametrize("program", ["/nowhere/monty", "/bin/false"])
+async def test_a_worker_that_does_not_start_is_told(stage: Any, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setenv("MONTY_BIN", program)
+    server = await stage.code()
+    with pytest.raises(ToolError, match="Monty does not start"):
+        await stage.python(server, "1")
+    [state] = [one for one in (await stage.operate("weft/servers"))["servers"] if one["name"] == server]
+    assert "Monty does not start" in state["failure"]
+
+
+async def test_a_process_that_cannot_be_started_any_more_is_told(stage: Any, tmp_path: Path) -> None:
+    server = await stage.code()
+    program = tmp_path / "monty"
+    program.symlink_to(shutil.which("monty", path=sysconfig.get_path("scripts")) or "")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MONTY_BIN", str(program))
+        await stage.python(server, "1")
+    program.unlink()
+    with pytest.raises(ToolError, match="no process to run code in"):
+        await stage.python(server, "1")
+
+
 async def test_without_monty_it_says_what_to_install(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weft.core.toolsconf.find_spec", lambda name: None)
     server = await stage.code()
+    [state] = [one for one in (await stage.operate("weft/servers"))["servers"] if one["name"] == server]
+    assert "pip install 'weft[code]'" in state["failure"]  # although nobody has called it
     with pytest.raises(ToolError, match=r"needs pydantic_monty, which is not installed: pip install 'weft\[code\]'"):
         await stage.python(server, "1")
-    [state] = [one for one in (await stage.operate("weft/servers"))["servers"] if one["name"] == server]
-    assert "pip install 'weft[code]'" in state["failure"]

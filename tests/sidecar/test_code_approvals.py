@@ -139,7 +139,8 @@ async def test_code_that_went_another_way_is_not_answered_from_what_was(stage: A
 
     async def altered(call: Call) -> Any:
         journal = await read(call)
-        journal.before[0]["arguments"] = "0" * 64
+        told = {"content": [{"type": "text", "text": "of another call"}]}
+        journal.before[0] |= {"arguments": "0" * 64, "result": told}
         found.append(journal)
         return journal
 

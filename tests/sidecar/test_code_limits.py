@@ -156,6 +156,13 @@ async def test_what_elsewhere_takes_for_ever_does_not(stage: Any, what: str) -> 
         assert problem(result)["type"] == ends
 
 
+async def test_functions_within_each_other_are_as_many_as_is_set(stage: Any) -> None:
+    server = await stage.code(code={"recursion": 20})
+    deep = "def f(n):\n    return n and f(n - 1)\nf({})"
+    assert (await stage.python(server, deep.format(10)))["structuredContent"] == {"result": 0}
+    assert problem(await stage.python(server, deep.format(30)))["limit"] == "code.recursion"
+
+
 async def test_what_does_not_look_at_the_clock_is_killed(stage: Any) -> None:
     found = problem(await stage.python(await stage.code(code=SHORT), "x = 3\nwhile True: x = x * x"))
     assert found["kind"] == "limit"
@@ -290,3 +297,28 @@ async def test_the_least_and_the_most_that_can_be_set(stage: Any) -> None:
         server = await stage.code(code=wrong)
         with pytest.raises(ToolError, match=rf"code\.?.*{next(iter(wrong))}"):
             await stage.python(server, "1")
+
+
+async def test_without_a_free_process_a_call_is_told_to_come_again() -> None:
+    from weft.sidecar.code.journal import Journals
+    from weft.sidecar.code.link import CodeLink
+    from weft.sidecar.inside import InName
+    from weft.sidecar.pipeline import Call, Refused
+    from weft.sidecar.settings import Limits
+    from weft_protocols.mcp import BUSY
+
+    def call(source: str) -> Call:
+        params = {"name": "run", "arguments": {"code": source}}
+        return Call("local", "code", "tools/call", "run", params, deadline=time.time() + 20)
+
+    link = await CodeLink.start(Limits(concurrency=1, queue_timeout=0.2), Journals(None))  # type: ignore[arg-type]
+    within = InName(None, call("1"))  # type: ignore[arg-type]
+    first = asyncio.create_task(link.perform(call("import time\ntime.sleep(9)"), within))
+    await eventually(workers)
+    with pytest.raises(Refused, match="no process is free") as refused:
+        await link.perform(call("1"), within)
+    assert (refused.value.code, refused.value.refusal.in_band) == (BUSY, True)
+    first.cancel()
+    await asyncio.wait((first,))
+    assert (await link.perform(call("1"), within))["structuredContent"] == {"result": 1}
+    await link.aclose()

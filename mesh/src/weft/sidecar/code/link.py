@@ -96,6 +96,7 @@ class CodeLink:
         import pydantic_monty as monty
 
         pool = monty.AsyncMonty(
+            min_processes=0,  # none for calls that may never come
             max_processes=limits.concurrency,
             max_checkouts_per_worker=1,
             checkout_timeout=limits.queue_timeout,
@@ -103,7 +104,10 @@ class CodeLink:
         made = cls(pool, journals)
         try:
             await made._stack.enter_async_context(pool)
+            async with pool.checkout() as session:  # so that what is wrong with it is known before it is needed
+                await session.feed_run("1")
         except (monty.MontyError, OSError, RuntimeError) as error:
+            await made.aclose()
             raise ToolError(f"Monty does not start: {error}; {CODE_INSTALL}", code=UPSTREAM_FAILED) from None
         return made
 
@@ -197,7 +201,8 @@ class CodeLink:
                     "random_start": {"seed": f"{journal.seed} {key(call)}"},
                 },
             )
-            async with session:
+            async with AsyncExitStack() as stack:
+                await _entered(stack, session)
                 value = await run.drive(session, code, call.arguments.get("inputs") or {}, printed)
             return answers.done(as_json(value, rules.output, "the result"), printed.output)
         except OverLimit as over:
@@ -226,6 +231,14 @@ class CodeLink:
             log.error("what code of task %s did so far is not kept: %s", call.task, error)
             message = "a call needs an approval, and what was called before cannot be recorded now; try again"
             raise Refused(Refusal(UNRECORDED, message, in_band=True)) from None
+
+
+async def _entered(stack: AsyncExitStack, session: monty.AsyncMontySession) -> None:
+    """Get a process for a session. Raises ToolError if none can be started."""
+    try:
+        await stack.enter_async_context(session)
+    except RuntimeError as error:
+        raise ToolError(f"no process to run code in can be started: {error}", code=UPSTREAM_FAILED) from None
 
 
 def _limits(rules: CodeRules) -> monty.ResourceLimits:
