@@ -181,3 +181,14 @@ def test_a_failed_gateway_is_told_with_its_reason() -> None:
     failed = {**GATEWAY, "state": "failed", "reason": "exit 2: the port is taken"}
     check = found(replace(WELL, processes=(failed, PROCESS)))["gateway"]
     assert (check.status, check.detail, check.next) == (DOWN, "exit 2: the port is taken", "mesh restart gateway")
+
+
+def test_a_builtin_server_that_cannot_be_used_is_named() -> None:
+    sidecar = {"name": "sidecar", "kind": "sidecar", "agent": "", "pid": 3, "state": "ready", "reason": ""}
+    server: dict[str, Any] = {"name": "code", "transport": "builtin", "enabled": True, "failure": "", "degraded": ""}
+    failed = {**server, "failure": "the builtin code needs pydantic_monty"}
+    facts = replace(WELL, processes=(*(WELL.processes or ()), sidecar))
+    assert "tool server code" not in found(replace(facts, tools=(server,)))
+    check = found(replace(facts, tools=(failed,)))["tool server code"]
+    assert (check.status, check.detail, check.next) == (DEGRADED, failed["failure"], "mesh restart sidecar")
+    assert "tool server code" not in found(replace(facts, tools=({**failed, "enabled": False},)))

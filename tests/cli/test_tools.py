@@ -145,3 +145,33 @@ def test_a_server_json_of_the_registry_is_a_registration(tmp_path: Path, until: 
     remote = {"type": "streamable-http", "url": "https://x.example/mcp", "headers": [{"name": "X-Api-Key"}]}
     file.write_text(json.dumps({"name": "a/b", "remotes": [remote]}))
     assert read_server_json(file, "own").headers_env == {"X-Api-Key": "X_API_KEY"}
+
+
+def test_code_of_agents_is_run_by_a_server_that_is_part_of_the_sidecar(project: Any, agent_source: str) -> None:
+    pytest.importorskip("pydantic_monty", reason="needs the extra `code`")
+    project.write(CONFIG.format(tools=""), worker=agent_source.format(name="worker"))
+    project.mesh("up", "--detach", timeout=50)
+    added = project.mesh("tools", "add", "code", "--builtin", "code", "--setting", 'code={"calls": 3}', timeout=60)
+    assert "tool:run" in added.out
+    assert project.mesh("tools", "call", "code.run", "code=print(1)\n6 * 7").out.splitlines() == ["1", "", "42"]
+    project.mesh("restart", "sidecar", timeout=60)
+    assert project.mesh("tools", "call", "code.run", "code=6 * 7").out.strip() == "42"
+    [row] = project.mesh("tools", "list", "-o", "json").json
+    assert (row["transport"], row["where"], row["state"], row["quarantined"]) == (
+        "builtin",
+        "builtin code",
+        "ready",
+        [],
+    )
+    wrong = project.mesh("tools", "add", "code", "--builtin", "code", "--setting", 'code={"call": 3}', code=2)
+    assert "did you mean 'calls'" in wrong.err
+    assert "--builtin code" in project.mesh("tools", "add", "code", code=2).err
+
+
+def test_without_monty_it_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.cli.tools import command
+    from weft_protocols.errors import Unavailable
+
+    monkeypatch.setattr("weft.core.toolsconf.find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match=r"needs pydantic_monty, .*: pip install 'weft\[code\]'"):
+        command.main(["add", "code", "--builtin", "code"], standalone_mode=False)

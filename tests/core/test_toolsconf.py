@@ -41,11 +41,23 @@ def test_a_server_is_a_command_or_an_address() -> None:
     assert ToolServer.decode(crm.encode()) == crm
 
 
+def test_a_builtin_has_neither() -> None:
+    [found] = tools("  code: {builtin: code, code: {seconds: 2, calls: 3}, settings: {timeout: 9}}").values()
+    assert (found.transport, found.where, found.cwd) == ("builtin", "builtin code", "")
+    assert found.settings == {"timeout": 9, "code": {"seconds": 2, "calls": 3}}
+    assert ToolServer.decode(found.encode()) == found
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("  a: {}", "either a command or a url"),
         ("  a: {command: x, url: 'http://x/'}", "either a command or a url"),
+        ("  a: {command: x, builtin: code}", "either a command or a url, or is a builtin"),
+        ("  a: {builtin: shell}", "there is no builtin 'shell'; there are: code"),
+        ("  a: {builtin: code, env: [HOME]}", "a builtin has no env"),
+        ("  a: {builtin: code, sandbox: {level: rlimits}}", "a builtin has no sandbox"),
+        ("  a: {command: x, code: {calls: 3}}", "settings.code is for the builtin code"),
         ("  a__b: {command: x}", "is not a name"),
         ("  a: {url: 'http://user:pass@x/'}", "credentials never stand in it"),
         ("  a: {command: x, env: {KEY: 'sk-123 secret'}}", "KEY must name an environment variable"),

@@ -18,6 +18,7 @@ from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
+from weft_protocols.mcp import META_STEP
 
 if TYPE_CHECKING:
     from weft.sidecar.service import SidecarService
@@ -62,6 +63,23 @@ class Stage:
         """Have it run some Python."""
         params: dict[str, Any] = {"name": tool, "arguments": {"code": code}, **more}
         return await self.caller.request(ToolRequest(server, "tools/call", params))
+
+    async def code(self, **settings: Any) -> str:
+        """Register the built-in server that runs code of agents; its name."""
+        name = unique_name("code")
+        await self.register(ToolServer(name, builtin="code", settings=settings))
+        return name
+
+    async def python(
+        self, server: str, source: str, *, task: str = "", step: str = "", deadline: float | None = None, **inputs: Any
+    ) -> dict[str, Any]:
+        """Have the built-in server run some Python, as part of a task."""
+        arguments = {"code": source, **({"inputs": inputs} if inputs else {})}
+        params: dict[str, Any] = {"name": "run", "arguments": arguments}
+        if step:
+            params["_meta"] = {META_STEP: step}
+        chain = f"boss/t0,{self.broker.settings.identity}/{task}" if task else ""
+        return await self.caller.request(ToolRequest(server, "tools/call", params, chain=chain, deadline=deadline))
 
     async def register(self, server: ToolServer) -> None:
         await self.store.register(server)

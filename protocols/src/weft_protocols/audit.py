@@ -30,7 +30,7 @@ class AuditRecord:
     - `who`: `agent`, `version`, `task`, `chain` (list of `agent/task`), `front`, `request`
     - `what`: `server`, `method`, `name`, `definition` (digest), `arguments` (digest), `shown` (arguments, redacted)
     - `why`: `policy` (version), `decision`, `rules` (ids), `approvals`, `fence` (list of `{name, token}`)
-    - `how`: `sandbox` (level), `deadline` (unix ms)
+    - `how`: `sandbox` (level), `deadline` (unix ms), `within` (id of the call whose code made it)
     - `outcome`: `status` (`ok`, `failed`, `error`, `refused`, `cancelled`, `replayed`), `code`, `kind`, `message`,
       `ms`, `bytes`, `redactions` (how many of each kind), `result` (digest)
     """

@@ -120,6 +120,8 @@ def _sidecar(facts: Facts) -> Iterator[Check]:
             if one["enabled"] and one.get("degraded"):
                 detail = f"runs in {one['sandbox']}, its files and network are open: {one['degraded']}"
                 yield Check(f"tool server {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
+            elif one["enabled"] and one["transport"] == "builtin" and one["failure"]:
+                yield Check(f"tool server {one['name']}", DEGRADED, one["failure"], "mesh restart sidecar")
     else:
         failed = row["state"] == "failed"
         after = "mesh restart sidecar" if failed else "mesh logs sidecar"

@@ -51,6 +51,7 @@ def command() -> None:
 @click.option(
     "--from", "source", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A server.json to read."
 )
+@click.option("--builtin", default="", help="A server that the sidecar itself is: `code` runs Python of agents.")
 @click.option("--env", multiple=True, metavar="NAME[=VARIABLE]", help="A variable of the sidecar it may have.")
 @click.option("--header", multiple=True, metavar="NAME=VARIABLE", help="A header, from a variable of the sidecar.")
 @click.option("--cwd", default="", help="Folder it runs in.")
@@ -318,14 +319,16 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
     from dataclasses import replace
 
     from weft.core.serverjson import read_server_json
-    from weft.core.toolsconf import ToolServer, checked
+    from weft.core.toolsconf import ToolServer, builtin_fault, checked
     from weft.sidecar.guards import guards_of
     from weft.sidecar.settings import limits_of
-    from weft_protocols.errors import UsageError
+    from weft_protocols.errors import Unavailable, UsageError
 
-    given = [bool(words), bool(options["url"]), options["source"] is not None]
+    given = [bool(words), bool(options["url"]), bool(options["builtin"]), options["source"] is not None]
     if sum(given) != 1:
-        raise UsageError("say how to reach it: -- COMMAND..., or --url, or --from server.json")
+        raise UsageError("say how to reach it: -- COMMAND..., or --url, or --from server.json, or --builtin code")
+    if fault := builtin_fault(options["builtin"]):
+        raise Unavailable(fault)
     env = dict(_pair(one, one) for one in options["env"])
     headers = dict(_pair(one, "") for one in options["header"])
     settings = {key: _json(value, key) for key, value in (_pair(one, "") for one in options["setting"])}
@@ -335,7 +338,8 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
         server = read_server_json(options["source"], name)
         server = replace(server, env={**server.env, **env}, headers_env={**server.headers_env, **headers})
     else:
-        server = ToolServer(name, command=tuple(words), url=options["url"], env=env, headers_env=headers)
+        reached = {"command": tuple(words), "url": options["url"], "builtin": options["builtin"]}
+        server = ToolServer(name, **reached, env=env, headers_env=headers)
     cwd = options["cwd"] or (str(Path.cwd()) if server.command else "")
     trust = "approve" if options["approve_nothing"] else "first-use"
     return checked(replace(server, cwd=cwd, era=options["era"], trust=trust, settings=settings))

@@ -24,14 +24,20 @@ TRUST: Final = ("first-use", "approve")
 """When definitions are approved: those seen first by themselves, or none without `mesh tools approve`."""
 INSTALL: Final = "pip install 'weft[sidecar]'"
 """What installs what a sidecar needs."""
+BUILTINS: Final = {"code": "pydantic_monty"}
+"""Servers that are part of the sidecar, and the module each needs."""
+CODE_INSTALL: Final = "pip install 'weft[code]'"
+"""What installs what the built-in server `code` needs."""
 _MODULES: Final = ("aiohttp", "jsonschema", "mcp", "starlette", "uvicorn")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 _URL: Final = re.compile(r"https?://[^\s/@]+(/\S*)?\Z")
 _FIELDS: Final = (
-    "command", "args", "env", "cwd", "url", "headers_env", "era", "enabled", "trust", "settings",
+    "command", "args", "env", "cwd", "url", "builtin", "headers_env", "era", "enabled", "trust", "settings",
 )  # fmt: skip
-GUARDS: Final = ("secrets", "egress", "sandbox", "lock", "side_effects", "rate", "redact", "records")
+GUARDS: Final = (
+    "secrets", "egress", "sandbox", "lock", "side_effects", "rate", "redact", "records", "code",
+)  # fmt: skip
 """Settings that may stand beside the others of a server."""
 
 
@@ -44,6 +50,8 @@ class ToolServer:
     """Program and arguments of a server that speaks over its standard input and output; empty for one at `url`."""
     url: str = ""
     """Address of a server that speaks streamable HTTP."""
+    builtin: str = ""
+    """One of `BUILTINS`, which the sidecar itself is."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables the process gets, each from a variable of the sidecar, which this names; values never stand here."""
     headers_env: Mapping[str, str] = field(default_factory=dict)
@@ -60,13 +68,15 @@ class ToolServer:
 
     @property
     def transport(self) -> str:
-        """`stdio` or `http`."""
+        """`stdio`, `http` or `builtin`."""
+        if self.builtin:
+            return "builtin"
         return "http" if self.url else "stdio"
 
     @property
     def where(self) -> str:
         """How it is reached, for people."""
-        return self.url or " ".join(self.command)
+        return self.url or " ".join(self.command) or f"builtin {self.builtin}"
 
     def encode(self) -> bytes:
         """As it is stored."""
@@ -87,8 +97,9 @@ def checked(server: ToolServer) -> ToolServer:
     """`server` if it can be used. Raises InvalidConfig with everything that is wrong, InvalidName for its name."""
     check_server(server.name)
     found = []
-    if bool(server.command) == bool(server.url):
-        found.append("it has either a command or a url")
+    if sum(map(bool, (server.command, server.url, server.builtin))) != 1:
+        found.append("it has either a command or a url, or is a builtin")
+    found += _builtin_mistakes(server)
     if server.url and not _URL.match(server.url):
         found.append(f"{server.url!r} is no http or https address (and credentials never stand in it)")
     for name, variable in (*server.env.items(), *server.headers_env.items()):
@@ -104,6 +115,26 @@ def checked(server: ToolServer) -> ToolServer:
     if found:
         raise InvalidConfig(f"tool server {server.name}: {'; '.join(found)}")
     return server
+
+
+def _builtin_mistakes(server: ToolServer) -> list[str]:
+    if not server.builtin:
+        return ["settings.code is for the builtin code"] if "code" in server.settings else []
+    found = []
+    if server.builtin not in BUILTINS:
+        found.append(f"there is no builtin {server.builtin!r}; there are: {', '.join(BUILTINS)}")
+    outside = ("secrets", "egress", "sandbox")
+    found += [f"a builtin has no {name}" for name in outside if name in server.settings]
+    found += [f"a builtin has no {name}" for name in ("env", "headers_env", "cwd") if getattr(server, name)]
+    return found
+
+
+def builtin_fault(name: str) -> str:
+    """Why a built-in server cannot be used here; empty if it can."""
+    module = BUILTINS.get(name)
+    if module is None or find_spec(module) is not None:
+        return ""
+    return f"the builtin {name} needs {module}, which is not installed: {CODE_INSTALL}"
 
 
 def missing_modules() -> tuple[str, ...]:
@@ -146,6 +177,7 @@ def read_tools(reader: YamlReader, node: yaml.Node | None, *, folder: Path) -> d
             name,
             command=_command(reader, fields, where),
             url=reader.value(fields, f"{where}.url", "", str),
+            builtin=reader.value(fields, f"{where}.builtin", "", str),
             env=_variables(reader, fields.get("env"), f"{where}.env"),
             headers_env=_variables(reader, fields.get("headers_env"), f"{where}.headers_env"),
             cwd=str(folder / reader.value(fields, f"{where}.cwd", ".", str)),

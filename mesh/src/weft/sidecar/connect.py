@@ -9,8 +9,11 @@ import asyncio
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from weft.core.broker import Broker
 from weft.core.toolsconf import ToolServer
 from weft.policy.egress import Refused
+from weft.sidecar.code.journal import Journals
+from weft.sidecar.code.link import CodeLink
 from weft.sidecar.egress import Clients
 from weft.sidecar.guards import guards_of
 from weft.sidecar.http import HttpLink
@@ -28,15 +31,20 @@ class Connector:
 
     Args:
         clients: for servers at addresses.
+        broker: a connection of account MESH, for what built-in servers keep.
         private: files and folders no process may read: the mesh's own.
     """
 
-    def __init__(self, clients: Clients, *, private: Sequence[str] = ()) -> None:
+    def __init__(self, clients: Clients, broker: Broker, *, private: Sequence[str] = ()) -> None:
         self._clients = clients
+        self._broker = broker
         self._private = tuple(private)
 
     async def __call__(self, server: ToolServer, on_event: Heard) -> Link:
         """A link to a server. Raises LinkEnded, or ToolError that says what is missing or not allowed."""
+        if server.builtin:
+            limits = limits_of(server.settings, f"settings of {server.name}")
+            return await CodeLink.start(limits, Journals(self._broker))
         guards = guards_of(server.settings, f"settings of {server.name}")
         more = 2 * max(0, limits_of(server.settings).response_bytes - Limits().response_bytes)
         sent, values = await resolve(guards.secrets, server.name)

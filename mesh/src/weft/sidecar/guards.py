@@ -18,6 +18,11 @@ SOURCES: Final = ("env", "file", "command")
 """Where a secret is read: a variable of the sidecar, a file, the output of a command."""
 EVERY_TOOL: Final = "*"
 MIB: Final = 1024 * 1024
+MOST_SECONDS: Final = 300
+MOST_MEMORY: Final = 256 * MIB
+MOST_RECURSION: Final = 1000
+MOST_OUTPUT: Final = 4 * MIB
+"""The most that code may be given: with more, one call could hold up the sidecar."""
 _UNITS: Final = {"": 1, "K": 1024, "M": MIB, "G": 1024 * MIB}
 _SIZE: Final = re.compile(r"(\d{1,9})([KMG]?)\Z")
 
@@ -61,6 +66,22 @@ class SandboxRules:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeRules:
+    """What code that agents write may use in one call of the built-in server `code`."""
+
+    seconds: float = 5.0
+    """It may compute; what it waits for its calls does not count, and is bounded by `timeout`."""
+    memory: int = 64 * MIB
+    """Bytes of its values."""
+    recursion: int = 200
+    """Functions within each other."""
+    calls: int = 50
+    """Of tools."""
+    output: int = 64 * 1024
+    """Bytes that it prints, and bytes of its result."""
+
+
+@dataclass(frozen=True, slots=True)
 class Guards:
     """Everything of it."""
 
@@ -78,6 +99,8 @@ class Guards:
     """Classes of data that are taken out of what it says, whatever the policy asks for."""
     required: bool = True
     """Whether a call is only made once it is recorded."""
+    code: CodeRules = field(default_factory=CodeRules)
+    """Only the built-in server `code` looks at it."""
     show_arguments: bool = True
     """Whether records have the arguments, redacted; else only their digest."""
 
@@ -108,6 +131,7 @@ def guards_of(settings: Mapping[str, Any], where: str = "settings") -> Guards:
         effects=_effects(settings.get("side_effects"), f"{where}.side_effects"),
         redact=_redact(settings.get("redact"), f"{where}.redact"),
         required=record[0],
+        code=_code(settings.get("code"), f"{where}.code"),
         show_arguments=record[1],
     )
 
@@ -165,6 +189,25 @@ def _sandbox(raw: Any, where: str) -> SandboxRules:
         processes=_number(told.get("processes", 512), f"{where}.processes"),
         cpu=_number(told.get("cpu", 0), f"{where}.cpu", least=0),
     )
+
+
+def _code(raw: Any, where: str) -> CodeRules:
+    usual = CodeRules()
+    told = _mapping(raw, where, CodeRules.__slots__) if raw is not None else {}
+    seconds = told.get("seconds", usual.seconds)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MOST_SECONDS:
+        raise InvalidConfig(f"{where}.seconds must be a number above 0, and at most {MOST_SECONDS}; not {seconds!r}")
+    memory = _size(told.get("memory", usual.memory), f"{where}.memory")
+    if not 0 < memory <= MOST_MEMORY:
+        raise InvalidConfig(f"{where}.memory must be at most {MOST_MEMORY // MIB}M")
+    recursion = _number(told.get("recursion", usual.recursion), f"{where}.recursion")
+    if recursion > MOST_RECURSION:
+        raise InvalidConfig(f"{where}.recursion must be at most {MOST_RECURSION}")
+    output = _number(told.get("output", usual.output), f"{where}.output", least=1024)
+    if output > MOST_OUTPUT:
+        raise InvalidConfig(f"{where}.output must be at most {MOST_OUTPUT}")
+    calls = _number(told.get("calls", usual.calls), f"{where}.calls", least=0)
+    return CodeRules(float(seconds), memory, recursion, calls, output)
 
 
 def _paths(raw: Any, where: str) -> tuple[str, ...] | None:

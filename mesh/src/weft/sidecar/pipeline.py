@@ -109,6 +109,14 @@ class Refusal:
         return {"resultType": "complete", **made} if modern else made
 
 
+class Refused(ToolError):
+    """A refusal by whatever is behind the stages."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message, code=refusal.code, data=dict(refusal.data) or None)
+        self.refusal = refusal
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call ended."""
@@ -158,12 +166,21 @@ class Pipeline:
 
     async def run(self, call: Call, execute: Execute) -> dict[str, Any]:
         """The result of a call. Raises ToolError for its error, or for a refusal that is not in band."""
+        outcome = await self.outcome(call, execute)
+        if outcome.result is not None:
+            return dict(outcome.result)
+        if outcome.refused is not None and outcome.refused.in_band and call.method == "tools/call":
+            return outcome.refused.result(modern=call.modern)
+        raise outcome.error or ToolError("the call has no outcome")
+
+    async def outcome(self, call: Call, execute: Execute) -> Outcome:
+        """How a call ended."""
         passed: list[tuple[Stage, Call]] = []
         begun = time.monotonic()
         outcome = Outcome(cancelled=True)
         try:
             outcome = await self._through(call, execute, passed)
-            outcome = await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
+            return await _back(passed, replace(outcome, seconds=time.monotonic() - begun))
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AFTER):
@@ -173,12 +190,7 @@ class Pipeline:
         except Exception as error:  # what nobody thought of in a stage or an answer: all is given back and recorded
             log.error("%s of %s at %s failed", call.method, call.caller, call.server, exc_info=error)
             failed = Outcome(error=_failure(), call=passed[-1][1] if passed else call)
-            outcome = await _back(passed, replace(failed, seconds=time.monotonic() - begun))
-        if outcome.result is not None:
-            return dict(outcome.result)
-        if outcome.refused is not None and outcome.refused.in_band and call.method == "tools/call":
-            return outcome.refused.result(modern=call.modern)
-        raise outcome.error or ToolError("the call has no outcome")
+            return await _back(passed, replace(failed, seconds=time.monotonic() - begun))
 
     async def _through(self, call: Call, execute: Execute, passed: list[tuple[Stage, Call]]) -> Outcome:
         for stage in self.stages:
@@ -199,6 +211,8 @@ class Pipeline:
                 raise
             late = Refusal(LATE, f"{call.server} did not answer {call.method} {call.name} in time", in_band=True)
             return Outcome(error=late.error, refused=late, call=call)
+        except Refused as error:
+            return Outcome(error=error, refused=error.refusal, call=call)
         except ToolError as error:
             return Outcome(error=error, call=call)
 

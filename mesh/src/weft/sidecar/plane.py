@@ -6,7 +6,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from weft.client.limits import SharedLimits
@@ -21,10 +22,11 @@ from weft.sidecar.backend import Request
 from weft.sidecar.events import Events, Paced
 from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
+from weft.sidecar.inside import InName, Inside
 from weft.sidecar.link import Heard, known_as
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
-from weft.sidecar.pipeline import Call, Pipeline, Stage
+from weft.sidecar.pipeline import Call, Outcome, Pipeline, Stage
 from weft.sidecar.rated import Rated
 from weft.sidecar.records import Intended, Recorded, Recorder
 from weft.sidecar.redacts import Redacts, hearing, said
@@ -177,15 +179,25 @@ class Plane:
             return {}
         if request.method == "server/discover":
             return await self._discover(served)
-        if request.method in LISTS:
-            return await self._through(served, request, lambda call: self._listed(served, call))
-        if request.method not in FORWARDED:
+        if request.method not in LISTS and request.method not in FORWARDED:
             raise ToolError(f"{request.method} is not served here", code=METHOD_NOT_FOUND)
-        return await self._through(served, request, lambda call: self._forward(served, call, request, heard))
+        call = await self._call_of(served, request)
+        if request.method in LISTS:
+            return await self.pipeline.run(call, lambda call: self._listed(served, call))
+        return await self.pipeline.run(call, lambda call: self._forward(served, call, request, heard))
 
-    async def _through(
-        self, served: Served, request: Request, execute: Callable[[Call], Awaitable[dict[str, Any]]]
-    ) -> dict[str, Any]:
+    async def outcome(self, request: Request, facts: Mapping[str, Any]) -> Outcome:
+        """How a call of a tool ended that is part of another one, with what is known about it."""
+        try:
+            served = self.served(request.server)
+            call = await self._call_of(served, request)
+        except ToolError as error:
+            return Outcome(error=error)
+        call = replace(call, facts={**call.facts, **facts})
+        return await self.pipeline.outcome(call, lambda call: self._forward(served, call, request, lambda *_: None))
+
+    async def _call_of(self, served: Served, request: Request) -> Call:
+        """A request as the stages see it. Raises ToolError if the server was never reached and cannot be."""
         await served.known()
         name = name_of(request.method, request.params)
         kind = KINDS.get(request.method)
@@ -193,7 +205,7 @@ class Plane:
         if kind and definition is None:
             await served.look_again()
             definition, digest, quarantine = served.definition(kind, name)
-        call = Call(
+        return Call(
             caller=request.caller,
             server=served.name,
             method=request.method,
@@ -213,7 +225,6 @@ class Plane:
             definition_digest=digest,
             quarantine=quarantine,
         )
-        return await self.pipeline.run(call, execute)
 
     async def _discover(self, served: Served) -> dict[str, Any]:
         identity = (await served.known()).identity
@@ -241,6 +252,8 @@ class Plane:
         async with served.upstream.borrowed() as session:
             if call.method in ENDLESS:
                 return await self._listen(session, call, request, heard)
+            if call.method == "tools/call" and isinstance(session.link, Inside):
+                return await session.link.perform(call, InName(self, call))
             try:
                 return await self._call(session, call, heard, headers)
             except asyncio.CancelledError:

@@ -38,7 +38,6 @@ BEFORE: Final = 5.0
 """Seconds an intent has to be stored."""
 BEHIND: Final = 256
 """Outcomes that are being stored; with more, calls wait for theirs."""
-_ID: Final = "call"
 
 
 class Recorder:
@@ -71,7 +70,7 @@ class Recorder:
             }
         return AuditRecord(
             kind,
-            str(call.facts.get(_ID) or uuid.uuid4().hex),
+            str(call.facts.get(owed.CALL) or uuid.uuid4().hex),
             int(time.time() * 1000),
             self.by,
             who=_json(_who(call)),
@@ -79,6 +78,7 @@ class Recorder:
             why=_json(why),
             how={
                 "sandbox": call.facts.get(owed.SANDBOX),
+                "within": call.facts.get(owed.WITHIN),
                 "deadline": int(call.deadline * 1000) if call.deadline is not None else None,
             },
             outcome=_json(self._outcome(call, outcome)) if outcome is not None else {},
@@ -168,7 +168,7 @@ class Recorded(Passing):
 
     async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Give it an id."""
-        return call.with_fact(_ID, uuid.uuid4().hex)
+        return call.with_fact(owed.CALL, uuid.uuid4().hex)
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Record it."""
@@ -197,7 +197,7 @@ class Intended(Passing):
             log.error("the intent of a call of %s is not stored: %s", call.caller, error)
             if call.guards.required:
                 return Refusal(UNRECORDED, "the call could not be recorded and is not made; try again", in_band=True)
-        return call.with_fact(owed.RECORD, call.facts.get(_ID, ""))
+        return call.with_fact(owed.RECORD, call.facts.get(owed.CALL, ""))
 
 
 def _who(call: Call) -> dict[str, Any]:

@@ -44,7 +44,9 @@ class Limits:
 
 
 KNOWN: Final = tuple(Limits.__dataclass_fields__)
-LATER: Final = ("sandbox", "secrets", "lock", "side_effects", "records", "egress", "rate", "redact")
+LATER: Final = (
+    "sandbox", "secrets", "lock", "side_effects", "records", "egress", "rate", "redact", "code",
+)  # fmt: skip
 """Keys that `weft.sidecar.guards` and other stages read."""
 
 

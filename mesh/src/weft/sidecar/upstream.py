@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from weft.core.supervise import Tasks
-from weft.core.toolsconf import ToolServer
+from weft.core.toolsconf import ToolServer, builtin_fault
 from weft.sidecar.guards import Guards, guards_of
 from weft.sidecar.link import Heard, Link, LinkEnded
 from weft.sidecar.pins import escaped, oneline
@@ -57,6 +57,7 @@ class Upstream:
             self.limits, self.guards = limits_of(server.settings, where), guards_of(server.settings, where)
         except InvalidConfig as error:
             self.limits, self.guards, self.fault = Limits(), Guards(), str(error)
+        self.fault = self.fault or builtin_fault(server.builtin)
         self.restarts = 0
         """Sessions that ended by themselves."""
         self._connect = connect
