@@ -89,14 +89,19 @@ TOOL = {"name": "do", "inputSchema": {"type": "object"}}
 # Which addresses -----------------------------------------------------------------------------------
 
 
+async def checked(clients: Clients, url: str) -> None:
+    """As a registered server is called: a look at the URL, then the connection."""
+    Egress().check_url(url)
+    async with asyncio.timeout(10):
+        await clients.of(Egress()).get(url)
+
+
 @pytest.mark.parametrize("url", [pytest.param(case["url"], id=case["case"]) for case in CORPUS])
 async def test_no_spelling_of_an_address_leads_inside(url: str) -> None:
     clients = Clients()
     try:
         with pytest.raises((Refused, httpx2.HTTPError, httpx2.InvalidURL)) as refused:
-            Egress().check_url(url)
-            async with asyncio.timeout(10):
-                await clients.of(Egress()).get(url)
+            await checked(clients, url)
         assert "all connection attempts" not in str(refused.value).lower()  # it was not even tried
     finally:
         await clients.aclose()
