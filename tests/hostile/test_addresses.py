@@ -204,7 +204,7 @@ async def test_what_a_server_says_to_an_answer_of_ours_is_not_read(stage: Any, w
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
             writer.write(f"data: {json.dumps(ask)}\n\n".encode())
             await writer.drain()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(5):
                 await cut.wait()
             writer.write(f"data: {json.dumps(result)}\n\n".encode())
             return
