@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ import pytest
 from weft.client.tools import ToolClient, ToolRequest
 from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
-from weft.sidecar.sandbox import SANDLOCK, choose
 from weft.sidecar.guards import SandboxRules
+from weft.sidecar.sandbox import choose
 from weft.sidecar.service import SidecarService
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh
@@ -114,9 +114,13 @@ def committed(world: World, n: int) -> tuple[str, dict[str, Any]]:
     return "git_commit", {"repo_path": str(world.path("repo")), "message": f"call {n}"}
 
 
+def git(world: World, *arguments: str) -> str:
+    command = ["git", "-C", str(world.path("repo")), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def log_of(world: World) -> list[str]:
-    command = ["git", "-C", str(world.path("repo")), "log", "--format=%s"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    return git(world, "log", "--format=%s").split("\n")
 
 
 def rows(world: World) -> list[str]:
@@ -291,7 +295,7 @@ class Bench:
         real, world = SERVERS[name], self.world
         if name == "git":
             world.path("repo", f"{n}").write_text(str(n))
-            subprocess.run(["git", "-C", str(world.path("repo")), "add", "."], check=True)
+            await asyncio.to_thread(git, world, "add", ".")
         result = await self.call(name, *real.effect(world, n))
         assert not result.get("isError"), result
         assert real.seen(world, n, result), result
@@ -318,10 +322,9 @@ async def bench(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) -> A
     world = World(tmp_path_factory.mktemp("real"), Site())
     for name in ("files", "repo", "data"):
         world.path(name).mkdir()
-    repo = str(world.path("repo"))
-    subprocess.run(["git", "init", "-q", repo], check=True)
+    await asyncio.to_thread(git, world, "init", "-q")
     for key, value in (("user.name", "Ada"), ("user.email", "ada@example.org"), ("commit.gpgsign", "false")):
-        subprocess.run(["git", "-C", repo, "config", key, value], check=True)
+        await asyncio.to_thread(git, world, "config", key, value)
     base = sqlite3.connect(world.path("data", "base.db"))
     base.execute("CREATE TABLE notes (note TEXT)")
     base.close()

@@ -116,6 +116,13 @@ async def test_a_registered_server_at_a_private_address_is_refused_with_what_to_
         await stage.ask("inside-2", "tools/list")
 
 
+async def test_a_process_whose_egress_cannot_be_kept_is_not_started(stage: Any) -> None:
+    server = await stage.bad(egress={"allow": ["crm.internal"]})
+    with pytest.raises(ToolError, match="is for servers at an address"):
+        await stage.do(server, "nothing")
+    assert stage.started(server) == []
+
+
 def test_rules_that_are_none_are_refused() -> None:
     wrong: Any
     for wrong in ("all", {"allow": "x"}, {"alow": []}, {"allow": ["10.0.0.1/8"]}):

@@ -81,6 +81,16 @@ async def test_another_step_task_argument_or_agent_is_another_effect(broker: Bro
     assert mail.sent == 1 + len(others)
 
 
+async def test_the_next_round_of_a_call_that_asked_something_is_not_its_first(broker: Broker) -> None:
+    mail, call = Mail(), a_call()
+    pipeline = Pipeline([Repeats(broker)])
+    answered = replace(call, params={**call.params, "requestState": "s", "inputResponses": {"q": {"action": "accept"}}})
+    first, second = await pipeline.run(call, mail), await pipeline.run(answered, mail)
+    assert first != second
+    assert await pipeline.run(answered, mail) == second
+    assert mail.sent == 2
+
+
 async def test_tools_without_side_effects_and_calls_without_a_task_are_made_each_time(broker: Broker) -> None:
     mail = Mail()
     pipeline = Pipeline([Repeats(broker)])

@@ -333,7 +333,7 @@ def _server(name: str, words: Sequence[str], options: dict[str, Any]) -> ToolSer
     headers = dict(_pair(one, "") for one in options["header"])
     settings = {key: _json(value, key) for key, value in (_pair(one, "") for one in options["setting"])}
     limits_of(settings)
-    guards_of(settings)
+    guards_of(settings, process=bool(words))
     if options["source"] is not None:
         server = read_server_json(options["source"], name)
         server = replace(server, env={**server.env, **env}, headers_env={**server.headers_env, **headers})

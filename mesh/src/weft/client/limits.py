@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ TRIES: Final = 20
 """Attempts at one change while others change the same."""
 WITHIN: Final = 5.0
 """Seconds that one change may take."""
+PAUSE: Final = 0.001
+"""Seconds before the second attempt at most; longer before each one after it."""
 UNKNOWN: Final = 1.0
 """Seconds to wait where it is not known how far a limit is used."""
 
@@ -119,7 +122,7 @@ class SharedLimits:
         name = hashlib.sha256(f"{key}:{limit.calls}/{limit.seconds:g}:{limit.burst}".encode()).hexdigest()
         try:
             async with asyncio.timeout(WITHIN):
-                for _ in range(TRIES):
+                for attempt in range(TRIES):
                     found = await self._rates.get(name)
                     now = time.time()
                     count, after, wait = change(float(found.data) if found is not None else 0.0, now)
@@ -128,6 +131,8 @@ class SharedLimits:
                     try:
                         await self._rates.put(name, repr(after).encode(), after=found.seq if found is not None else 0)
                     except Conflict:
+                        # Two in step would lose and win in the same order again and again.
+                        await asyncio.sleep(random.uniform(0.0, PAUSE * (attempt + 1)))
                         continue
                     return count, 0.0, now
         except (BrokerError, ValueError, InvalidConfig, TimeoutError) as error:

@@ -7,6 +7,7 @@ RE2, which takes time in proportion to the text, and every step of a check count
 from __future__ import annotations
 
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -30,12 +31,14 @@ MOST: Final = 5
 """Mistakes that are told."""
 LONGEST: Final = 64 * 1024
 """Characters of a text that is matched with a pattern."""
-AT_ONCE: Final = 3000
-"""Steps of a check that are taken without letting others have a turn."""
-STEPS: Final = 300_000
-"""Steps of a check; a call that needs more is refused."""
+AT_ONCE: Final = 400
+"""Steps of a check that are taken without letting others have a turn; it goes on in a thread."""
+MOST_AT_ONCE: Final = 1_000_000
+"""What a single step may cost, in steps: it cannot be interrupted."""
+SECONDS: Final = 1.0
+"""Of processor time that a check may take there; a call that needs more is refused."""
 PATTERN_MEMORY: Final = 1024 * 1024
-_LEFT: ContextVar[list[int]] = ContextVar("weft_schema_steps")
+_SPEND: ContextVar[Callable[[int], None]] = ContextVar("weft_schema_steps")
 
 
 class _Spent(Exception):
@@ -64,7 +67,7 @@ class Schemas:
         validator = await self.validator(digest, schema)
         if isinstance(validator, str):
             return None
-        return await aside(_fits, validator, value, large=heavy(value))
+        return await aside(_fits, validator, value, large=True)
 
 
 class Arguments(Passing):
@@ -82,9 +85,9 @@ class Arguments(Passing):
         if isinstance(validator, str):
             return Refusal(INVALID_PARAMS, f"the schema of {call.name} cannot be used: {validator}", in_band=True)
         large = heavy(call.arguments)
-        found = None if large else _mistakes(validator, call.arguments, AT_ONCE)
+        found = None if large else _mistakes(validator, call.arguments, _steps)
         if found is None:
-            found = await aside(_mistakes, validator, call.arguments, STEPS, large=True)
+            found = await aside(_mistakes, validator, call.arguments, _time, large=True)
         if found is None:
             found = ["to check them takes too long; the schema is too involved, or they are too many"]
         if not found:
@@ -94,9 +97,35 @@ class Arguments(Passing):
         )
 
 
-def _mistakes(validator: Validator, arguments: Mapping[str, Any], steps: int) -> list[str] | None:
-    """What is wrong with arguments; None if it took more steps to find out."""
-    _LEFT.set([steps])
+def _steps() -> Callable[[int], None]:
+    """A budget of `AT_ONCE` steps: raises when they are spent."""
+    left = AT_ONCE
+
+    def spend(cost: int) -> None:
+        nonlocal left
+        left -= cost
+        if left < 0:
+            raise _Spent
+
+    return spend
+
+
+def _time() -> Callable[[int], None]:
+    """A budget of `SECONDS` of this thread's time."""
+    end = time.thread_time() + SECONDS
+
+    def spend(cost: int) -> None:
+        if cost > MOST_AT_ONCE or time.thread_time() > end:
+            raise _Spent
+
+    return spend
+
+
+def _mistakes(
+    validator: Validator, arguments: Mapping[str, Any], budget: Callable[[], Callable[[int], None]]
+) -> list[str] | None:
+    """What is wrong with arguments; None if the budget did not suffice to find out."""
+    _SPEND.set(budget())
     try:
         return [_told(error) for error, _ in zip(validator.iter_errors(arguments), range(MOST), strict=False)]
     except _Spent:
@@ -108,7 +137,7 @@ def _mistakes(validator: Validator, arguments: Mapping[str, Any], steps: int) ->
 
 
 def _fits(validator: Validator, value: Any) -> bool | None:
-    _LEFT.set([STEPS])
+    _SPEND.set(_time())
     try:
         return next(validator.iter_errors(value), None) is None
     except (_Spent, Unresolvable, RecursionError):
@@ -146,17 +175,14 @@ def _counted(keyword: str, check: Callable[..., Any]) -> Callable[..., Any]:
     """A keyword's check that takes steps of the budget, more for what it has to go through."""
 
     def run(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
-        cost = 1 + (_length(value) + _length(instance)) // 8
+        cost = (8 if keyword in ("$ref", "$dynamicRef") else 1) + (_length(value) + _length(instance)) // 8
         if (
             keyword == "uniqueItems"
             and isinstance(instance, list)
             and any(isinstance(i, dict | list) for i in instance)
         ):
             cost += len(instance) ** 2 // 8  # each with each
-        left = _LEFT.get()
-        left[0] -= cost
-        if left[0] < 0:
-            raise _Spent
+        _SPEND.get()(cost)
         return check(validator, value, instance, schema)
 
     return run

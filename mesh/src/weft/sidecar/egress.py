@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections import OrderedDict
 from typing import Final
 
 import aiohttp
 import httpx2
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import AddrInfoType
 
 from weft.core.resolver import Resolver, SystemResolver
 from weft.policy.egress import Egress, Refused
@@ -21,6 +23,7 @@ from weft.policy.egress import Egress, Refused
 CONNECTIONS: Final = 256
 CONNECT: Final = 10.0
 """Seconds until a connection is there."""
+REMEMBERED: Final = 4096
 IDLE: Final = 60.0
 """Seconds an unused connection is kept."""
 
@@ -42,9 +45,11 @@ class Clients:
         """The client with these rules. No time limit of its own: calls have theirs."""
         found = self._clients.get(egress)
         if found is None:
+            resolver = CheckedResolver(self._resolve, egress)
             found = self._clients[egress] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    resolver=CheckedResolver(self._resolve, egress),
+                    resolver=resolver,
+                    socket_factory=resolver.socket,
                     use_dns_cache=False,
                     ssl=self._tls,
                     limit=CONNECTIONS,
@@ -66,11 +71,13 @@ class Clients:
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolves names to addresses that may be called, and to nothing else. An address in a URL is checked before."""
+    """Resolves names to addresses that may be called, and makes sockets to no others."""
 
     def __init__(self, resolve: Resolver, egress: Egress) -> None:
         self._resolve = resolve
         self._egress = egress
+        self._resolved: OrderedDict[str, None] = OrderedDict()
+        """Addresses that may be called for the name that led to them, the last ones."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -86,6 +93,9 @@ class CheckedResolver(AbstractResolver):
             self._egress.check_addresses(host, addresses)
         except Refused as error:
             raise OSError(errno.EACCES, str(error)) from None
+        self._resolved |= dict.fromkeys(addresses)
+        while len(self._resolved) > REMEMBERED:
+            self._resolved.popitem(last=False)
         return [
             ResolveResult(
                 hostname=host,
@@ -97,6 +107,17 @@ class CheckedResolver(AbstractResolver):
             )
             for address in addresses
         ]
+
+    def socket(self, info: AddrInfoType) -> socket.socket:
+        """A socket to an address, which may also have stood in the URL itself. OSError if it may not be called."""
+        family, kind, protocol, _, where = info
+        address = str(where[0])
+        if address not in self._resolved:
+            try:
+                self._egress.check_addresses(address, [address])
+            except Refused as error:
+                raise OSError(errno.EACCES, str(error)) from None
+        return socket.socket(family, kind, protocol)
 
     async def close(self) -> None:
         """Nothing: what resolves is shared."""

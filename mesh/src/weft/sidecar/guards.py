@@ -119,8 +119,13 @@ class Guards:
         return tool in self.effects or EVERY_TOOL in self.effects
 
 
-def guards_of(settings: Mapping[str, Any], where: str = "settings") -> Guards:
-    """What `settings` asks for. Raises InvalidConfig for what cannot be."""
+def guards_of(settings: Mapping[str, Any], where: str = "settings", *, process: bool = False) -> Guards:
+    """What `settings` asks for. Raises InvalidConfig for what cannot be, or is not kept for a `process`."""
+    if process and settings.get("egress") is not None:
+        raise InvalidConfig(
+            f"{where}.egress is for servers at an address: a command connects by itself, and is kept from that by "
+            "sandbox: {network: false}"
+        )
     record = _record(settings.get("records"), f"{where}.records")
     return Guards(
         secrets=_secrets(settings.get("secrets"), f"{where}.secrets"),

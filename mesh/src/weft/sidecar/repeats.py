@@ -130,6 +130,9 @@ def subject_of(call: Call) -> str:
     """Where the record of a call is."""
     step = call.meta.get(META_STEP)
     named = [call.server, call.name, step if isinstance(step, str) else "", digest(dict(call.arguments))]
+    answers = [call.params.get("requestState"), call.params.get("inputResponses")]
+    if any(one is not None for one in answers):
+        named.append(digest(answers))  # the next round of a call that asked something
     return f"{EFFECT_RECORDS}.{call.caller}.{call.task}.{digest(named)}"
 
 

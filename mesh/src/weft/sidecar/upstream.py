@@ -54,7 +54,8 @@ class Upstream:
         """What is wrong with its settings; then nothing is limited by them and no session is opened."""
         where = f"settings of {server.name}"
         try:
-            self.limits, self.guards = limits_of(server.settings, where), guards_of(server.settings, where)
+            self.limits = limits_of(server.settings, where)
+            self.guards = guards_of(server.settings, where, process=server.transport == "stdio")
         except InvalidConfig as error:
             self.limits, self.guards, self.fault = Limits(), Guards(), str(error)
         self.fault = self.fault or builtin_fault(server.builtin)
