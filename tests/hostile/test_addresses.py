@@ -198,7 +198,7 @@ async def test_events_without_content_are_counted_too(stage: Any, web: Web, monk
 
 async def test_what_a_server_says_to_an_answer_of_ours_is_not_read(stage: Any, web: Web) -> None:
     """It asks something, and answers our answer without end."""
-    cut = asyncio.Event()
+    cut, read = asyncio.Event(), asyncio.Event()
 
     async def asks(message: dict[str, Any], headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
         if message.get("method") == "tools/call":
@@ -213,9 +213,10 @@ async def test_what_a_server_says_to_an_answer_of_ours_is_not_read(stage: Any, w
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n")
         try:
-            while True:
+            for _ in range(200):  # some of it fits into the buffers on the way
                 writer.write(b"x" * 100_000)
                 await writer.drain()
+            read.set()
         except ConnectionError:
             cut.set()
             raise
@@ -223,6 +224,7 @@ async def test_what_a_server_says_to_an_answer_of_ours_is_not_read(stage: Any, w
     name = unique_name("talks")
     await stage.register(ToolServer(name, url=await web.start(honest([TOOL], asks)), settings=LOCAL))
     assert (await stage.ask(name, "tools/call", name="do", arguments={}))["content"] == []
+    assert not read.is_set()
 
 
 # Headers -------------------------------------------------------------------------------------------

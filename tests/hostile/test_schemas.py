@@ -31,7 +31,10 @@ async def longest_wait(over: asyncio.Event) -> float:
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case["case"]) for case in CORPUS])
-async def test_a_check_ends_soon_and_lets_others_have_their_turn(case: dict[str, Any]) -> None:
+async def test_a_check_ends_soon_and_lets_others_have_their_turn(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.sidecar.arguments.SECONDS", STALL + 0.5)  # what a check would hold others up
     schema = eval(case["make"]) if "make" in case else case["schema"]
     arguments = eval(case["arguments"], {"json": json})
     call = Call(

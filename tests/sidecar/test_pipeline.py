@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from weft.sidecar.arguments import Arguments
-from weft.sidecar.pipeline import Call, Outcome, Pipeline, Refusal
+from weft.sidecar.pipeline import Call, Outcome, Passing, Pipeline, Refusal
 from weft.sidecar.settings import Limits, limits_of
 from weft.sidecar.stages import Breaker, Concurrency, Deadline, Pinned, ResponseSize
 from weft.testing.agents import eventually
@@ -86,6 +86,35 @@ async def test_a_cancelled_call_gives_back_what_its_stages_took() -> None:
     await asyncio.wait((task,))
     assert task.cancelled()
     assert trace == ["a>", "b>", "<b cancelled", "<a cancelled"]
+
+
+@pytest.mark.parametrize("where", ["before", "after", "execute"])
+async def test_whatever_fails_is_an_error_and_everything_is_given_back(where: str) -> None:
+    trace: list[str] = []
+    outcomes: list[Outcome] = []
+
+    class First(Passing):
+        async def after(self, call: Call, outcome: Outcome) -> Outcome:
+            outcomes.append(outcome)
+            return outcome
+
+    class Broken(Passing):
+        async def before(self, call: Call) -> Call | Refusal | Outcome:
+            return call if where != "before" else 1 / 0  # type: ignore[return-value]
+
+        async def after(self, call: Call, outcome: Outcome) -> Outcome:
+            return outcome if where != "after" else 1 / 0  # type: ignore[return-value]
+
+    async def execute(call: Call) -> dict[str, Any]:
+        return {} if where != "execute" else 1 / 0  # type: ignore[return-value]
+
+    pipeline = Pipeline([First(), Traced("a", trace), Broken(), Traced("b", trace)])
+    with pytest.raises(ToolError, match="its log says why") as failed:
+        await pipeline.run(CALL, execute)
+    assert failed.value.code == mcp.INTERNAL_ERROR
+    assert trace == (["a>", "<a"] if where == "before" else ["a>", "b>", "<b", "<a"])
+    assert outcomes[0].error is failed.value
+    assert outcomes[0].result is None
 
 
 async def test_a_call_has_as_long_as_its_server_may_take_and_its_caller_waits() -> None:
