@@ -18,6 +18,7 @@ from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
+from weft.testing.policies import permit
 
 if TYPE_CHECKING:
     from weft.sidecar.service import SidecarService
@@ -110,6 +111,7 @@ async def running(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) ->
             return broker
 
         operator, local = await connect("operator"), await connect("local")
+        await permit(operator)
         service = SidecarService(await connect("sidecar"), SidecarConfig())
         stack.push_async_callback(service.aclose)
         await service.start()

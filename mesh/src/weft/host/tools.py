@@ -183,6 +183,8 @@ class Tools:
             deadline=min((one for one in limits if one is not None), default=None),
             trace={name: own[name] for name in TRACE if own.get(name)},
             agent_version=run.agent.version,
+            skill=run.skill,
+            sender=run.work.caller,
         )
 
         def heard(name: str, told: dict[str, Any]) -> None:

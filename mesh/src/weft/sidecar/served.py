@@ -72,6 +72,7 @@ class Served:
         pin_sequence: of the message that says so.
         remember: stores a first pin, where the registration lets what is seen first be approved.
         on_event: gets the server's name, and what it says that belongs to no request.
+        on_pinned: called when something else is approved.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Served:
         pin_sequence: int,
         remember: Remember,
         on_event: Callable[[str, str, dict[str, Any]], None],
+        on_pinned: Callable[[], None],
     ) -> None:
         self.server = server
         self.pin = pin
@@ -92,6 +94,7 @@ class Served:
         self.upstream = Upstream(server, connect, opened=self._opened, on_event=self._heard)
         self._remember = remember
         self._on_event = on_event
+        self._on_pinned = on_pinned
         self._items: dict[str, Any] = {}
         self._reading = asyncio.Lock()
         self._stale = False
@@ -107,6 +110,7 @@ class Served:
         if sequence <= self.pin_sequence:
             return
         self.pin, self.pin_sequence = pin, sequence
+        self._on_pinned()
         self._judge(self.catalog.listing, self.catalog.identity, self.catalog.read)
 
     def definition(self, kind: str, name: str) -> tuple[Mapping[str, Any] | None, str, str]:
@@ -181,6 +185,7 @@ class Served:
             log.warning("%s: %s has hidden characters and is not approved by itself", self.name, key)
         items = {key: one for key, one in listing.items.items() if key not in suspicious}
         self.pin, self.pin_sequence = await self._remember(self.name, Pin(items, "first-use", time.time()))
+        self._on_pinned()
 
     def _judge(self, listing: Listing, identity: Identity | None, read: float) -> None:
         verdict = compare(self.pin, listing) if identity is not None else Verdict()
