@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
+from weft.core.config import DEFAULT_IDENTITY
 from weft.core.latest import Follower, Latest
 from weft.policy.active import ENFORCE, MODES, ActivePolicy
 from weft.policy.bundle import Bundle, Compiled, compile_bundle
@@ -31,6 +32,7 @@ from weft_protocols.resources import (
     TOOL_SERVERS,
     TOOLS,
 )
+from weft_protocols.subjects import OPERATOR
 
 if TYPE_CHECKING:
     from weft.core.broker import Broker
@@ -196,6 +198,25 @@ class PolicyStore:
         oldest = time.time() - FRESH
         return [one for one in await self.seen() if "active" in one and one["at"] > oldest]
 
+    async def followed(self, version: int, *, timeout: float = 5.0) -> list[str]:
+        """Wait until every sidecar that runs decides by a version; those that do not within `timeout` seconds."""
+        news = asyncio.Event()
+        subscription = await self._broker.subscribe(f"{POLICY_SEEN}.*", lambda _: news.set())
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    news.clear()
+                    if not (left := await self._behind(version)):
+                        return left
+                    await news.wait()
+        except TimeoutError:
+            return await self._behind(version)
+        finally:
+            await subscription.close()
+
+    async def _behind(self, version: int) -> list[str]:
+        return [one["replica"] for one in await self.running() if one["active"] != version and not one["failure"]]
+
     async def forget(self, replica: str) -> None:
         """A sidecar has ended."""
         await self._seen.remove(replica)
@@ -234,10 +255,11 @@ async def registered(broker: Broker) -> Catalog:
 
 
 async def known_agents(broker: Broker) -> frozenset[str]:
-    """Names of the agents that are registered."""
+    """Names that rules can be about: the agents that are registered, and those of whoever uses the mesh itself."""
     prefix = "mesh.registry."
     info = await broker.api(f"STREAM.INFO.{REGISTRY}", {"subjects_filter": f"{prefix}*"})
-    return frozenset(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+    agents = (subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+    return frozenset((*agents, DEFAULT_IDENTITY, OPERATOR))
 
 
 class PolicyFollower:

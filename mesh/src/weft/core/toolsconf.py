@@ -24,7 +24,7 @@ TRUST: Final = ("first-use", "approve")
 """When definitions are approved: those seen first by themselves, or none without `mesh tools approve`."""
 INSTALL: Final = "pip install 'weft[sidecar]'"
 """What installs what a sidecar needs."""
-_MODULES: Final = ("jsonschema", "mcp", "starlette", "uvicorn")
+_MODULES: Final = ("cedarpy", "jsonschema", "mcp", "starlette", "uvicorn")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 _URL: Final = re.compile(r"https?://[^\s/@]+(/\S*)?\Z")

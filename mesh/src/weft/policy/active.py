@@ -15,7 +15,10 @@ from weft.policy.model import Decision, Obligations, Request, Would
 
 EXAMPLES: Final = 50
 """Differing requests that are kept, the newest."""
-NONE_LOADED: Final = "no policy is loaded, so that nothing is allowed; `mesh policy load DIR` loads one"
+NONE_LOADED: Final = (
+    "no policy is loaded, so that nothing is allowed; `mesh policy init` writes one to begin with, "
+    "`mesh policy load` has it decide"
+)
 ENFORCE: Final = "enforce"
 WATCH: Final = "shadow"
 MODES: Final = (ENFORCE, WATCH)

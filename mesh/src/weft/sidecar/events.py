@@ -12,6 +12,7 @@ from weft.sidecar.link import Heard
 from weft.sidecar.served import CHANGES
 from weft_protocols.mcp import EVERY, META_SUBSCRIPTION
 
+ACKNOWLEDGED: Final = "notifications/subscriptions/acknowledged"
 UPDATED: Final = "notifications/resources/updated"
 
 
@@ -62,7 +63,7 @@ class Events:
         self._listeners.add(listener)
         try:
             told = {"notifications": agreed, "_meta": {META_SUBSCRIPTION: ident}}
-            heard("notifications/subscriptions/acknowledged", told)
+            heard(ACKNOWLEDGED, told)
             await listener.over.wait()
         finally:
             self._listeners.discard(listener)

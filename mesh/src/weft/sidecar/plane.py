@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 from weft.client.policies import PolicyFollower
@@ -22,7 +23,7 @@ from weft.sidecar.approved import Approved, by_persons
 from weft.sidecar.arguments import Arguments
 from weft.sidecar.backend import Request
 from weft.sidecar.decided import Decided, Hidden, Policy
-from weft.sidecar.events import Events
+from weft.sidecar.events import ACKNOWLEDGED, Events
 from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
 from weft.sidecar.link import Heard, known_as
@@ -308,10 +309,14 @@ class Plane:
         if not session.identity.modern:
             return await self._hear_of(session, call, request, heard)
 
-        def told(method: str, params: dict[str, Any]) -> None:
-            heard(method, known_as(params, request.id))
+        with ExitStack() as stack:
 
-        with self.events.also(call.params.get("notifications"), ident=request.id, heard=heard):
+            def told(method: str, params: dict[str, Any]) -> None:
+                heard(method, known_as(params, request.id))
+                if method == ACKNOWLEDGED:  # nothing is told before
+                    agreed = params.get("notifications")
+                    stack.enter_context(self.events.also(agreed, ident=request.id, heard=heard))
+
             return known_as(await session.call(call.method, call.params, heard=told), request.id)
 
     async def _hear_of(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
