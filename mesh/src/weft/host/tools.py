@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
@@ -15,12 +16,14 @@ from weft.host.locking import Lock
 from weft.host.run import Run
 from weft_protocols import headers as h
 from weft_protocols import mcp
-from weft_protocols.errors import InvalidName
+from weft_protocols.errors import InvalidName, ToolError
 
 Progress = Callable[[float, float | None, str], None]
 """Gets how far a call is, of how much (None if that is not known), and what it says about it."""
 PATIENCE: Final = 10.0
 """Seconds a call waits for a sidecar where none runs: one is being started or replaced."""
+LONGEST_PAUSE: Final = 30.0
+"""Seconds before a call is made again that needs an approval, where nobody could be asked for it."""
 TOOL_KEY: Final = "_tool"
 TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
 
@@ -135,11 +138,11 @@ class Tools:
                 meta[mcp.META_FENCE] = [{"name": one, "token": token} for one in fence.names]
             asked = {**params, "_meta": meta}
             result = ToolResult.of(await self._ask(server, "tools/call", asked, timeout=timeout, progress=progress))
-            approval = _approval(result)
-            if approval in ("", waited):
+            refused = result.refusal or {}
+            waiting = await self._held_up(refused, waited) if refused.get("code") == mcp.PENDING else None
+            if waiting is None:
                 return result
-            await approving.awaited(self._run, approval)
-            waited = approval
+            waited = waiting
 
     async def list(self) -> tuple[Tool, ...]:
         """The tools the task may call, of all servers."""
@@ -153,14 +156,37 @@ class Tools:
         Raises what `call` raises.
         """
         server, own = mcp.split_uri(uri)
-        told = await self._ask(server, "resources/read", {"uri": own}, timeout=timeout)
-        return contents(told)
+        waited = ""
+        while True:
+            try:
+                return contents(await self._ask(server, "resources/read", {"uri": own}, timeout=timeout))
+            except ToolError as error:
+                refused = error.data if error.code == mcp.PENDING and isinstance(error.data, dict) else None
+                waiting = await self._held_up(refused, waited) if refused is not None else None
+                if waiting is None:
+                    raise
+                waited = waiting
 
     async def address(self) -> ToolAddress:
         """An address with a token of this task, for frameworks that speak MCP themselves. Raises what `call` raises."""
         told = await self._ask(mcp.EVERY, mcp.ISSUE_TOKEN, {"task": self._run.task_id})
         self._run.tokens.append(str(told["id"]))
         return ToolAddress(str(told["url"]), str(told["token"]), float(told["expires"]))
+
+    async def _held_up(self, refused: Mapping[str, Any], waited: str) -> str | None:
+        """Wait for what a refused call waits for, holding no slot; the id of its approval, empty where it has none yet.
+
+        None if there is nothing to wait for, or it was waited for already.
+        """
+        approval, again = refused.get("approval"), refused.get("retryAfter")
+        if isinstance(approval, str) and approval != waited:
+            await approving.awaited(self._run, approval)
+            return approval
+        if approval is None and isinstance(again, int | float):  # nobody could be asked
+            async with self._run.slot.waiting():
+                await asyncio.sleep(min(max(float(again), 0.1), LONGEST_PAUSE))
+            return waited
+        return None
 
     async def _ask(
         self,
@@ -195,15 +221,6 @@ class Tools:
             result = await run.mesh.tools.request(request, heard=heard, patience=PATIENCE)
         run.last_progress = time.time()
         return result
-
-
-def _approval(result: ToolResult) -> str:
-    """Id of the approval that a call waits for; empty where it waits for none."""
-    refusal = result.refusal
-    if refusal is None or refusal.get("code") != mcp.PENDING:
-        return ""
-    found = refusal.get("approval")
-    return found if isinstance(found, str) else ""
 
 
 def split(tool: str) -> tuple[str, str]:
