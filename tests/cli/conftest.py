@@ -112,6 +112,11 @@ class Project:
         for name, source in agents.items():
             (self.folder / "agents" / f"{name}.py").write_text(source, encoding="utf-8")
 
+    def permit(self, rules: str, *, file: str = "policies/rules.cedar") -> None:
+        """Write rules."""
+        (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / file).write_text(rules, encoding="utf-8")
+
     def mesh(self, *arguments: str, code: int | None = 0, said: str = "", timeout: float = 30.0) -> Result:
         """Run `mesh` with these arguments and expect this exit code; `said` goes to its standard input.
 

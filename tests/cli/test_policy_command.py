@@ -199,7 +199,9 @@ def test_what_is_wrong_is_not_loaded(mesh: Any, folder: Path) -> None:
 def test_an_agent_the_mesh_does_not_have_is_a_warning(mesh: Any, folder: Path) -> None:
     (folder / "tools.json").unlink()
     result = mesh.mesh("policy", "check", "-o", "json")
-    assert [(row["kind"], row["message"]) for row in result.json] == [("warning", 'there is no agent "billing"')]
+    assert [(row["kind"], row["message"]) for row in result.json] == [
+        ("warning", 'there is no agent "billing"; there are: local, operator')
+    ]
     assert "checked against the mesh" in result.err
     assert 'warning: there is no agent "billing"' in mesh.mesh("policy", "load", "policies").err
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("mcp", reason="needs the extra `sidecar`")
 
 BAD = Path(__file__).parents[1] / "sidecar" / "badserver.py"
-CONFIG = "name: tooled\nagents:\n  worker: {{run: agents/worker.py:agent, replicas: 0}}\n{tools}"
+CONFIG = "name: tooled\npolicy: policies\nagents:\n  worker: {{run: agents/worker.py:agent, replicas: 0}}\n{tools}"
 DECLARED = "tools:\n  told: {{command: [{python}, -S, {bad}, {state}], settings: {{timeout: 20}}}}\n"
 
 
@@ -24,7 +24,9 @@ def tooled(project: Any, agent_source: str, tmp_path: Path) -> Any:
     (tmp_path / "told").mkdir()
     tools = DECLARED.format(python=sys.executable, bad=BAD, state=tmp_path / "told")
     project.write(CONFIG.format(tools=tools), worker=agent_source.format(name="worker"))
-    project.mesh("up", "--detach", timeout=50)
+    project.permit('permit (principal == Agent::"local", action, resource);')
+    told = project.mesh("up", "--detach", timeout=50)
+    assert "policy version 1 decides, 1 rules of policies" in told.err
     return project
 
 
@@ -60,12 +62,17 @@ def test_declared_tools_are_served_shown_called_and_approved(tooled: Any, tmp_pa
 
 def test_the_first_server_that_is_added_starts_a_sidecar(project: Any, agent_source: str, tmp_path: Path) -> None:
     (tmp_path / "added").mkdir()
-    project.write(CONFIG.format(tools=""), worker=agent_source.format(name="worker"))
+    config = CONFIG.replace("policy: policies\n", "")
+    project.write(config.format(tools=""), worker=agent_source.format(name="worker"))
     project.mesh("up", "--detach", timeout=50)
     assert "sidecar" not in project.rows()
     command = [sys.executable, "-S", str(BAD), str(tmp_path / "added")]
     added = project.mesh("tools", "add", "added", "--setting", "timeout=9", "--", *command, timeout=60)
     assert "tool:do" in added.out
+    assert "no policy is loaded" in added.err
+    assert "no policy is loaded" in project.mesh("tools", "call", "added.do", '{"what": "nothing"}', code=1).out
+    assert "mesh policy init" in project.mesh("health", code=3).err
+    project.mesh("policy", "init", "--load")
     assert project.rows()["sidecar"]["state"] == "ready"
     assert project.mesh("tools", "call", "added.do", '{"what": "nothing"}').out.startswith("pid")
 

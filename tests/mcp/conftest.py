@@ -21,6 +21,7 @@ from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
 from weft.testing.agents import Process
 from weft.testing.broker import BrokerMesh
+from weft.testing.policies import permit
 
 # Without the extra `sidecar` there is nothing to test here.
 collect_ignore_glob = [] if find_spec("mcp") is not None else ["test_*.py"]
@@ -117,6 +118,7 @@ async def places(mesh: BrokerMesh) -> AsyncIterator[Places]:
         operator, sidecar, caller = [await mesh.connect(name) for name in ("operator", "sidecar", "local")]
         for broker in (operator, sidecar, caller):
             stack.push_async_callback(broker.close)
+        await permit(operator)
         store = ToolStore(operator)
         await store.register(
             ToolServer(

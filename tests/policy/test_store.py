@@ -178,7 +178,8 @@ async def test_new_definitions_are_taken_over(fresh_mesh: BrokerMesh, operator: 
         await ready.wait()
         assert "definition is not known" in policy.decide(call(5)).why
         known[0] = catalog
-        await follower.recompile()
+        follower.outdate()
+        follower.refresh()
         assert policy.decide(call(5)).allow
         running.cancel()
     await broker.close()

@@ -18,6 +18,7 @@ from weft.core.toolsconf import SidecarConfig, ToolServer
 from weft.core.toolstore import ToolStore
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
+from weft.testing.policies import permit
 from weft_protocols.mcp import META_STEP
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ async def running(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) ->
             return broker
 
         operator, local = await connect("operator"), await connect("local")
+        await permit(operator)
         service = SidecarService(await connect("sidecar"), SidecarConfig())
         stack.push_async_callback(service.aclose)
         await service.start()

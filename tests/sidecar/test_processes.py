@@ -17,6 +17,7 @@ from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
 from weft.testing.agents import eventually, sidecar_process
 from weft.testing.broker import BrokerMesh
+from weft.testing.policies import permit
 from weft_protocols.errors import ToolError, Unavailable
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +51,7 @@ async def world(fresh_mesh: BrokerMesh, tmp_path: Path) -> AsyncIterator[World]:
             stack.push_async_callback(broker.close)
         client = await ToolClient(local).start()
         stack.push_async_callback(client.aclose)
+        await permit(operator)
         world = World(fresh_mesh, client, tmp_path, ToolStore(operator))
         await world.register()
         yield world

@@ -76,7 +76,8 @@ class Decided(Passing):
 def obliged(stage: Any) -> Iterator[None]:
     pipeline = stage.service.plane.pipeline
     stages = pipeline.stages
-    pipeline.stages = (stages[0], Decided(), *stages[1:])
+    at = [type(one).__module__ for one in stages].index("weft.sidecar.decided") + 1
+    pipeline.stages = (*stages[:at], Decided(), *stages[at:])
     yield
     pipeline.stages = stages
 

@@ -24,6 +24,7 @@ from weft.sidecar.pipeline import Call, Pipeline
 from weft.sidecar.repeats import Repeats
 from weft.testing.agents import Process, client, eventually, running
 from weft.testing.broker import BrokerMesh, unique_name
+from weft.testing.policies import permit
 from weft_protocols import mcp
 from weft_protocols.errors import Unreachable
 
@@ -231,6 +232,7 @@ async def test_a_sidecar_that_died_in_the_middle_leaves_an_unknown_outcome(
         operator, broker = await fresh_mesh.connect("operator"), await fresh_mesh.connect("local")
         for one in (operator, broker):
             stack.push_async_callback(one.close)
+        await permit(operator)
         command = (sys.executable, "-S", str(RUNNER), str(tmp_path))
         made = ToolServer("mail", command=command, cwd=str(tmp_path), settings={"side_effects": True})
         await ToolStore(operator).register(made)

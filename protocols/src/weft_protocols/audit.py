@@ -27,9 +27,11 @@ PARTS: Final = ("who", "what", "why", "how", "outcome")
 class AuditRecord:
     """One record. The parts are JSON objects; what is empty is left out.
 
-    - `who`: `agent`, `version`, `task`, `chain` (list of `agent/task`), `front`, `request`
+    - `who`: `agent`, `version`, `skill`, `task`, `sender` (who sent the task), `chain` (list of `agent/task`), `front`,
+      `request`
     - `what`: `server`, `method`, `name`, `definition` (digest), `arguments` (digest), `shown` (arguments, redacted)
-    - `why`: `policy` (version), `decision`, `rules` (ids), `approvals`, `fence` (list of `{name, token}`)
+    - `why`: `policy` (version), `decision`, `rules` (ids), `errors`, `obligations`, `shadow` (what
+      what only watches would have decided), `approvals` (list of `{id, by, asked}`), `fence` (list of `{name, token}`)
     - `how`: `sandbox` (level), `deadline` (unix ms), `within` (id of the call whose code made it)
     - `outcome`: `status` (`ok`, `failed`, `error`, `refused`, `cancelled`, `replayed`), `code`, `kind`, `message`,
       `ms`, `bytes`, `redactions` (how many of each kind), `result` (digest)

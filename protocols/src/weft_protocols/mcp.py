@@ -44,6 +44,8 @@ CLAIM_HEADER: Final = "Mcp-Claim"
 ACCEPT_CLAIM_HEADER: Final = "Mcp-Accept-Claim"
 CONTROL_HEADER: Final = "Mcp-Control"
 AGENT_VERSION_HEADER: Final = "Weft-Agent-Version"
+SKILL_HEADER: Final = "Weft-Skill"
+SENDER_HEADER: Final = "Weft-Task-Caller"
 FRAMES: Final = ("msg", "end", "err", "ka")
 """A notification; the response, which is the last frame; a failure of the transport, the last one too; keep-alive."""
 CONTROLS_KNOWN: Final = ("cancel", "alive", "revoke")

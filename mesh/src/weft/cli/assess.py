@@ -40,7 +40,7 @@ class Check:
 
 
 def assess(facts: Facts) -> list[Check]:
-    """Every part of the mesh, in the order broker, streams, coordinator, incidents, gateway, agents."""
+    """Every part of the mesh, from the broker to the agents."""
     return [
         _broker(facts),
         *_streams(facts),
@@ -49,6 +49,7 @@ def assess(facts: Facts) -> list[Check]:
         *_incidents(facts),
         *_gateway(facts),
         *_sidecar(facts),
+        *_policy(facts),
         *(check for name in facts.names for check in _agent(facts, name)),
         *_other_processes(facts),
     ]
@@ -126,6 +127,34 @@ def _sidecar(facts: Facts) -> Iterator[Check]:
         failed = row["state"] == "failed"
         after = "mesh restart sidecar" if failed else "mesh logs sidecar"
         yield Check("sidecar", DOWN if failed else DEGRADED, row["reason"] or row["state"], after)
+
+
+def _policy(facts: Facts) -> Iterator[Check]:
+    """What decides about tools, where there are sidecars or a policy."""
+    found = facts.policy
+    if found is None or not (found.active or found.sidecars):
+        return
+    version = f"version {found.active}"
+    failed = [one for one in found.sidecars if one["failure"]]
+    behind = [one for one in found.sidecars if one["active"] != found.active and not one["failure"]]
+    detail = f"{version} decides on {len(found.sidecars)} sidecars"
+    if failed:
+        yield Check("policy", DOWN, f"no tool may be used: {failed[0]['failure']}", "mesh policy list")
+    elif found.mode != "enforce":
+        calls, denied = (sum(one[key] for one in found.sidecars) for key in ("calls", "denied"))
+        what = f"NOTHING IS DENIED: {version} only watches (policy.mode is shadow)"
+        said = f"{what}; it would have denied {denied} of {calls} calls"
+        yield Check("policy", DEGRADED, said, "mesh policy check, then policy.mode: enforce in mesh.yaml")
+    elif not found.active:
+        yield Check("policy", DEGRADED, "none is loaded, so that no tool may be used", "mesh policy init")
+    elif behind:
+        names = ", ".join(f"{one['replica']} by version {one['active']}" for one in behind)
+        yield Check("policy", DEGRADED, f"{version} is to decide, but {names} does", "mesh restart sidecar")
+    elif found.differs:
+        said = f"{detail}; {found.differs} is something else"
+        yield Check("policy", DEGRADED, said, f"mesh policy check {found.differs}")
+    else:
+        yield Check("policy", OK, detail)
 
 
 def _gateway(facts: Facts) -> Iterator[Check]:

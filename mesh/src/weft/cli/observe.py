@@ -92,6 +92,19 @@ class GatewayFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """What decides about tools."""
+
+    active: int
+    """Its version; 0 for none."""
+    mode: str
+    sidecars: tuple[Mapping[str, Any], ...]
+    """What each that runs told of itself; see `PolicyStore.seen`."""
+    differs: str = ""
+    """The folder that `mesh.yaml` names, where it is not what decides; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """A mesh at one moment."""
 
@@ -116,6 +129,8 @@ class Facts:
     """Open incidents, as the coordinator's leader tells them."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """States of tool servers, as a sidecar tells them."""
+    policy: PolicyFacts | None = None
+    """None where it cannot be read."""
 
     @property
     def names(self) -> list[str]:
@@ -159,6 +174,7 @@ async def gather() -> Facts:
             gateway=None if settings.home is None or elsewhere else await asyncio.to_thread(gateway_of, settings.home),
             incidents=await _incidents(broker) if agents is not None else (),
             tools=await _tools(broker) if any(row["kind"] == "sidecar" for row in rows or ()) else (),
+            policy=await _policy(broker, None if elsewhere else settings.home),
         )
     finally:
         await broker.close()
@@ -282,6 +298,37 @@ async def _tools(broker: Broker) -> tuple[Mapping[str, Any], ...]:
     finally:
         await client.aclose()
     return tuple(told["servers"])
+
+
+async def _policy(broker: Broker, home: Path | None) -> PolicyFacts | None:
+    from weft.client.policies import PolicyStore
+
+    store = PolicyStore(broker)
+    try:
+        active = (await store.pointer()).version
+        digest = (await store.version(active)).digest if active else ""
+        differs = await asyncio.to_thread(_differs, home, digest) if home is not None else ""
+        return PolicyFacts(active, await store.mode(), tuple(await store.running()), differs)
+    except WeftError:
+        return None
+
+
+def _differs(home: Path, digest: str) -> str:
+    """The folder of the policy that `mesh.yaml` names, if what is in it does not have this digest."""
+    from weft.client.policyload import read_folder
+    from weft.core.config import CONFIG_NAME, load_mesh_config
+
+    try:
+        folder = load_mesh_config(home.parent / CONFIG_NAME).policy.folder
+    except WeftError:
+        return ""
+    if folder is None:
+        return ""
+    try:
+        same = read_folder(folder).digest == digest
+    except WeftError:
+        same = False
+    return "" if same else os.path.relpath(folder)
 
 
 async def _incidents(broker: Broker) -> tuple[Mapping[str, Any], ...]:

@@ -15,7 +15,8 @@ from weft.cli.operate import ListingGroup, Since
 from weft.cli.output import Column, Printer, output_option, rfc3339, safe
 
 if TYPE_CHECKING:
-    from weft.client.policies import Pointer, PolicyStore, Version
+    from weft.client.policies import Pointer, Version
+    from weft.client.policyload import Loaded
     from weft.core.broker import Broker
     from weft.policy.bundle import Bundle, Compiled
     from weft.policy.catalog import Catalog
@@ -34,6 +35,7 @@ PROBLEMS: Final = (
 VERSIONS: Final = (
     Column("version", right=True),
     Column("state", state=True),
+    Column("sidecars", right=True, show=lambda value: str(len(value))),
     Column("at", "LOADED", show=lambda value: f"{value[:19]}Z"),
     Column("author"),
     Column("rules", right=True),
@@ -116,28 +118,75 @@ def test(folder: str, file: str, output: str) -> int:
 
 
 @command.command()
-@click.argument("folder", metavar="DIR")
+@_folder
+@click.option("--load", "also", is_flag=True, help="Have it decide from now on.")
+@output_option
+def init(folder: str, also: bool, output: str) -> None:
+    """Write a policy to begin with into DIR (default: policies), made of the tools that are registered.
+
+    It permits what only reads to everybody, and everything to the identity `local`, which `mesh tools call` has. What
+    else there is stands in it as comments.
+    """
+    from weft.client.policies import registered
+    from weft.core.config import DEFAULT_IDENTITY
+    from weft.policy.starter import starter
+
+    root = Path(folder)
+    if root.is_dir() and any(root.rglob("*.cedar")):
+        raise click.UsageError(f"{folder} has rules already; they are left as they are")
+    catalog = source.with_mesh(registered)
+    bundle = starter(catalog, operator=DEFAULT_IDENTITY)
+    for name, text in bundle.files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    printer = Printer(output)
+    printer.record(
+        {"folder": folder, "files": sorted(bundle.files), "servers": sorted(catalog.servers)},
+        text=f"{folder}: rules about {len(catalog.tools)} tools of {len(catalog.servers)} servers",
+    )
+    if also:
+        _load(printer, bundle, note="to begin with")
+    else:
+        printer.talk(f"next: read it, then `mesh policy load {folder}`")
+    printer.talk(f"`policy: {folder}` in mesh.yaml has `mesh up` load it from now on")
+
+
+@command.command()
+@_folder
 @click.option("--note", default="", help="What it is about; it is kept with the version.")
 @click.option("--allow-unknown", is_flag=True, help="Also if it names tools that are not registered (yet).")
 @output_option
 def load(folder: str, note: str, allow_unknown: bool, output: str) -> None:
-    """Have the policy in DIR decide from now on.
+    """Have the policy in DIR (default: policies) decide from now on.
 
     It is checked and its tests run before; nothing changes if they fail.
     """
-    bundle = source.read_folder(folder)
+    _load(Printer(output), source.read_folder(folder), note=note, lenient=allow_unknown)
 
-    async def work(broker: Broker) -> tuple[Version, Pointer]:
-        store, compiled = await _checked(broker, bundle, lenient=allow_unknown)
-        version = await store.store(bundle, author=_author(), note=note, rules=len(compiled.rules))
-        now = await store.pointer()
-        if now.version != version.number:
-            now = await store.point(version.number, by=_author(), how="load", note=note)
-        return version, now
 
-    version, now = source.with_mesh(work)
-    record = {"version": version.number, "digest": version.digest, "rules": version.rules, "since": rfc3339(now.at)}
-    Printer(output).record(record, text=f"version {version.number} decides, {version.rules} rules")
+def _load(printer: Printer, bundle: Bundle, *, note: str, lenient: bool = False) -> None:
+    async def work(broker: Broker) -> tuple[Loaded, str, list[str]]:
+        from weft.client.policies import PolicyStore
+        from weft.client.policyload import load
+
+        loaded = await load(broker, bundle, by=_author(), note=note, lenient=lenient)
+        store = PolicyStore(broker)
+        return loaded, await store.mode(), await store.followed(loaded.version.number)
+
+    loaded, mode, behind = source.with_mesh(work)
+    version = loaded.version
+    for problem in loaded.warnings:
+        printer.talk(str(problem))
+    record = {
+        "version": version.number,
+        "digest": version.digest,
+        "rules": version.rules,
+        "since": rfc3339(loaded.pointer.at),
+        "mode": mode,
+    }
+    watches = "" if mode == "enforce" else f"; mode {mode}: nothing is denied"
+    printer.record(record, text=f"version {version.number} decides, {version.rules} rules{watches}")
+    _tell_behind(printer, behind)
 
 
 @command.command()
@@ -147,16 +196,22 @@ def load(folder: str, note: str, allow_unknown: bool, output: str) -> None:
 def rollback(version: int, note: str, output: str) -> None:
     """Have an earlier (or any other) VERSION decide again."""
 
-    async def work(broker: Broker) -> tuple[int, Pointer]:
+    async def work(broker: Broker) -> tuple[int, Pointer, list[str]]:
         from weft.client.policies import PolicyStore
 
         store = PolicyStore(broker)
         before = (await store.pointer()).version
-        return before, await store.point(version, by=_author(), how="rollback", note=note)
+        return (
+            before,
+            await store.point(version, by=_author(), how="rollback", note=note),
+            await store.followed(version),
+        )
 
-    before, now = source.with_mesh(work)
+    before, now, behind = source.with_mesh(work)
     record = {"version": now.version, "before": before, "since": rfc3339(now.at)}
-    Printer(output).record(record, text=f"version {version} decides, instead of {before or 'none'}")
+    printer = Printer(output)
+    printer.record(record, text=f"version {version} decides, instead of {before or 'none'}")
+    _tell_behind(printer, behind)
 
 
 @command.command("list")
@@ -165,17 +220,19 @@ def rollback(version: int, note: str, output: str) -> None:
 def list_versions(history: bool, output: str) -> None:
     """List the versions, and which of them decides."""
 
-    async def work(broker: Broker) -> tuple[list[Version], int, int, list[Pointer]]:
+    async def work(broker: Broker) -> tuple[Any, ...]:
         from weft.client.policies import SHADOW, PolicyStore
 
         store = PolicyStore(broker)
-        past = await store.history() if history else []
-        versions = [] if history else await store.versions()
-        return versions, (await store.pointer()).version, (await store.pointer(SHADOW)).version, past
+        if history:
+            return (await store.history(),)
+        pointers = [(await store.pointer(what)).version for what in ("active", SHADOW)]
+        return await store.versions(), *pointers, await store.mode(), await store.running()
 
-    versions, active, shadow, past = source.with_mesh(work)
+    found = source.with_mesh(work)
     printer = Printer(output)
     if history:
+        past: list[Pointer] = found[0]
         columns = (Column("at", "SINCE"), Column("version", right=True), Column("how"), Column("by"), Column("note"))
         rows = [
             {"at": rfc3339(one.at), "version": one.version, "how": one.how, "by": one.by, "note": one.note}
@@ -183,9 +240,17 @@ def list_versions(history: bool, output: str) -> None:
         ]
         printer.rows(rows, columns, empty="no policy was ever loaded")
         return
+    versions, active, shadow, mode, sidecars = found
     printer.rows(
-        [_row(one, active, shadow) for one in versions], VERSIONS, empty="no policy is loaded; nothing is allowed"
+        [_row(one, active, shadow, sidecars) for one in versions],
+        VERSIONS,
+        empty="no policy is loaded, so that nothing is allowed; `mesh policy init` writes one to begin with",
     )
+    if mode != "enforce":
+        printer.talk(f"mode {mode}: nothing is denied, what would be is recorded (policy.mode in mesh.yaml)")
+    for one in sidecars:
+        if one["failure"]:
+            printer.talk(f"sidecar {one['replica']} allows nothing: {one['failure']}")
 
 
 # For the help and for completion: options without a command are those of the list.
@@ -287,12 +352,13 @@ def shadow(folder: str, stop: bool, note: str, allow_unknown: bool, output: str)
 
     async def work(broker: Broker) -> tuple[int, list[dict[str, Any]]]:
         from weft.client.policies import SHADOW, PolicyStore
+        from weft.client.policyload import load
 
         store = PolicyStore(broker)
         if bundle is not None:
-            _, compiled = await _checked(broker, bundle, lenient=allow_unknown)
-            version = await store.store(bundle, author=_author(), note=note, rules=len(compiled.rules))
-            await store.point(version.number, by=_author(), how="shadow", note=note, what=SHADOW)
+            loaded = await load(broker, bundle, by=_author(), note=note, lenient=allow_unknown, what=SHADOW)
+            for problem in loaded.warnings:
+                Printer().talk(str(problem))
         if stop:
             await store.point(0, by=_author(), how="stop", what=SHADOW)
         now = (await store.pointer(SHADOW)).version
@@ -375,13 +441,9 @@ def _cases(compiled: Compiled) -> tuple[list[Any], list[Any]]:
 
 def _tested(compiled: Compiled, catalog: Catalog) -> tuple[list[dict[str, Any]], int]:
     """Every test as a row, and how many failed. Raises InvalidPolicy if tests or rules cannot be read."""
-    from weft.policy import cases
-    from weft.policy.problems import InvalidPolicy
+    from weft.client.policyload import tested
 
-    found, wrong = _cases(compiled)
-    if wrong:
-        raise InvalidPolicy(wrong)
-    outcomes = cases.run(compiled.engine(catalog), found)
+    outcomes = tested(compiled, catalog)
     rows = [
         {
             "place": f"{one.case.file}:{one.case.line}",
@@ -392,25 +454,6 @@ def _tested(compiled: Compiled, catalog: Catalog) -> tuple[list[dict[str, Any]],
         for one in outcomes
     ]
     return rows, sum(not one.passed for one in outcomes)
-
-
-async def _checked(broker: Broker, bundle: Bundle, *, lenient: bool) -> tuple[PolicyStore, Compiled]:
-    """A policy that is right on this mesh. Raises InvalidPolicy if it is not, or a test of it fails."""
-    from weft.client.policies import PolicyStore, known_agents, registered
-    from weft.policy.problems import InvalidPolicy, Problem
-
-    catalog = await registered(broker)
-    compiled = _compiled(bundle, catalog, lenient=lenient, agents=await known_agents(broker))
-    if compiled.errors:
-        raise InvalidPolicy(compiled.errors)
-    for problem in compiled.problems:
-        Printer().talk(str(problem))
-    rows, failed = _tested(compiled, catalog)
-    if failed:
-        raise InvalidPolicy(
-            [Problem(row["place"], 0, f"{row['name']}: {row['why']}") for row in rows if row["result"] == "failed"]
-        )
-    return PolicyStore(broker), compiled
 
 
 def _asked(asked: Mapping[str, Any]) -> tuple[CedarEngine, Request]:
@@ -470,11 +513,17 @@ def _problem(one: Any) -> dict[str, Any]:
     }
 
 
-def _row(one: Version, active: int, shadow: int) -> dict[str, Any]:
+def _tell_behind(printer: Printer, behind: Sequence[str]) -> None:
+    if behind:
+        printer.talk(f"not yet on {', '.join(behind)}: it has ended, or does not hear of it; see `mesh health`")
+
+
+def _row(one: Version, active: int, shadow: int, sidecars: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     state = [word for word, number in (("active", active), ("shadow", shadow)) if number == one.number]
     return {
         "version": one.number,
         "state": " ".join(state),
+        "sidecars": [told["replica"] for told in sidecars if told["active"] == one.number],
         "at": rfc3339(one.at),
         "author": one.author,
         "rules": one.rules,

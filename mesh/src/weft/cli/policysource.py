@@ -35,23 +35,9 @@ def with_mesh(work: Callable[[Broker], Awaitable[T]]) -> T:
 
 def read_folder(folder: str) -> Bundle:
     """The policy in a folder. Raises InvalidConfig if there is none or it cannot be read."""
-    from weft.policy.bundle import Bundle, belongs
+    from weft.client import policyload
 
-    root = Path(folder)
-    if not root.is_dir():
-        raise InvalidConfig(f"{folder} is no folder; a policy is a folder of .cedar files")
-    files: dict[str, str] = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if not path.is_file() or not belongs(name) or any(part.startswith(".") for part in path.parts):
-            continue
-        try:
-            files[name] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidConfig(f"{path} cannot be read: {error}") from None
-    if not any(name.endswith(".cedar") for name in files):
-        raise InvalidConfig(f"{folder} has no .cedar file")
-    return Bundle.of(files)
+    return policyload.read_folder(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +94,30 @@ async def stored(broker: Broker, number: int) -> tuple[int, Bundle]:
     if not number:
         raise PolicyNotFound("no policy is loaded, so that nothing is allowed; `mesh policy load DIR` loads one")
     return number, (await store.version(number)).bundle
+
+
+async def hint(broker: Broker, server: str) -> str:
+    """What to do so that the tools of a server can be called; empty where somebody may call one of them."""
+    from weft.client.policies import PolicyStore, known_agents, registered
+    from weft.policy.bundle import running
+    from weft.policy.model import Request
+
+    store = PolicyStore(broker)
+    number = (await store.pointer()).version
+    if await store.mode() != "enforce":
+        return ""
+    if not number:
+        return "no policy is loaded, so that nobody may call them; next: mesh policy init --load"
+    catalog = await registered(broker)
+    try:
+        engine = running((await store.version(number)).bundle, catalog, version=number)
+    except InvalidConfig as error:
+        return f"nobody may call them: policy version {number} cannot be used: {error}"
+    tools = [one.name for one in catalog.tools.values() if one.server == server]
+    agents = await known_agents(broker)
+    if any(engine.visible(Request(agent, "call", server, name)) for name in tools for agent in agents):
+        return ""
+    return f"policy version {number} permits nobody to call them; next: write a rule, then mesh policy load"
 
 
 class Argument(click.ParamType):  # type: ignore[type-arg]

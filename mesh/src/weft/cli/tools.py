@@ -82,6 +82,12 @@ def add(name: str, words: tuple[str, ...], *, output: str, **options: Any) -> in
         printer.record({"name": name, "registered": True}, text=f"{name} is registered; no sidecar runs yet")
         return 0
     _show(printer, told)
+    from weft.cli.policysource import hint
+
+    if any(one["key"].startswith("tool:") for one in told["items"]):
+        todo = _as_operator(lambda broker: hint(broker, name))
+        if todo:
+            printer.talk(todo)
     return CHECK_FAILED if any(one["hidden"] for one in told["items"]) else 0
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
+from weft.core.config import DEFAULT_IDENTITY
 from weft.core.latest import Follower, Latest
-from weft.policy.active import ActivePolicy
-from weft.policy.bundle import Bundle, running
+from weft.policy.active import ENFORCE, MODES, ActivePolicy
+from weft.policy.bundle import Bundle, Compiled, compile_bundle
 from weft.policy.catalog import Catalog
-from weft_protocols.errors import ApiError, Backpressure, Conflict, InvalidConfig, PolicyNotFound, TooLarge
+from weft_protocols.errors import ApiError, Backpressure, BrokerError, Conflict, InvalidConfig, PolicyNotFound, TooLarge
 from weft_protocols.resources import (
     POLICY,
     POLICY_CHANGES,
@@ -31,14 +32,22 @@ from weft_protocols.resources import (
     TOOL_SERVERS,
     TOOLS,
 )
+from weft_protocols.subjects import OPERATOR
 
 if TYPE_CHECKING:
     from weft.core.broker import Broker
+    from weft.policy.engine import CedarEngine
 
 log = logging.getLogger("weft.policy")
 
 ACTIVE: Final = "active"
 SHADOW: Final = "shadow"
+"""Which version decides, and which watches beside it, as `PolicyStore.pointer` takes them."""
+MODE: Final = "mode"
+"""Record of whether what the policy says holds."""
+FRESH: Final = 90.0
+"""Seconds for which what a sidecar told of itself is believed."""
+UNREAD: Final = "which policy holds could not be read yet; try again"
 TRIES: Final = 8
 SMALLEST_ROOM: Final = 4096
 """Bytes of a message that are left for what is around a policy."""
@@ -71,7 +80,7 @@ class Pointer:
     note: str = ""
     at: float = 0.0
     how: str = ""
-    """`load`, `rollback`, `shadow` or `stop`."""
+    """`load`, `rollback`, `shadow` or `stop`; of the mode, which one."""
 
     def encode(self) -> bytes:
         """As it is stored."""
@@ -161,12 +170,59 @@ class PolicyStore:
             found.append(Pointer.decode(base64.b64decode(message.get("data", ""))))
             after = int(message["seq"]) + 1
 
+    async def mode(self) -> str:
+        """Whether what the policy says holds: one of `MODES`, and `enforce` where nobody said anything else."""
+        found = await self._state.get(MODE)
+        how = Pointer.decode(found.data).how if found is not None else ENFORCE
+        return how if how in MODES else ENFORCE
+
+    async def set_mode(self, mode: str, *, by: str, note: str = "") -> bool:
+        """Have what the policy says hold (`enforce`), or only be recorded (`shadow`); whether that is a change."""
+        if mode not in MODES:
+            raise InvalidConfig(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+        if mode == await self.mode():
+            return False
+        await self._state.put(MODE, Pointer(0, by, note, time.time(), mode).encode())
+        return True
+
     async def seen(self) -> list[dict[str, Any]]:
-        """What every sidecar saw the version in shadow mode decide otherwise."""
+        """What every sidecar told of itself, also of those that were killed: `at` is when, in unix seconds.
+
+        `active`, `mode` and `failure` are what it decides by, `calls` and `denied` how often since it began; `version`,
+        `decided`, `counts` and `examples` what the version in shadow mode would have decided otherwise.
+        """
         return [json.loads(one.data) for one in (await self._seen.all()).values()]
 
+    async def running(self) -> list[dict[str, Any]]:
+        """The same of the sidecars that run now."""
+        oldest = time.time() - FRESH
+        return [one for one in await self.seen() if "active" in one and one["at"] > oldest]
+
+    async def followed(self, version: int, *, timeout: float = 5.0) -> list[str]:
+        """Wait until every sidecar that runs decides by a version; those that do not within `timeout` seconds."""
+        news = asyncio.Event()
+        subscription = await self._broker.subscribe(f"{POLICY_SEEN}.*", lambda _: news.set())
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    news.clear()
+                    if not (left := await self._behind(version)):
+                        return left
+                    await news.wait()
+        except TimeoutError:
+            return await self._behind(version)
+        finally:
+            await subscription.close()
+
+    async def _behind(self, version: int) -> list[str]:
+        return [one["replica"] for one in await self.running() if one["active"] != version and not one["failure"]]
+
+    async def forget(self, replica: str) -> None:
+        """A sidecar has ended."""
+        await self._seen.remove(replica)
+
     async def tell(self, replica: str, seen: dict[str, Any]) -> None:
-        """Keep what one sidecar saw."""
+        """Keep what one sidecar tells of itself."""
         await self._seen.put(replica, json.dumps({"replica": replica, "at": time.time(), **seen}).encode())
 
 
@@ -199,14 +255,15 @@ async def registered(broker: Broker) -> Catalog:
 
 
 async def known_agents(broker: Broker) -> frozenset[str]:
-    """Names of the agents that are registered."""
+    """Names that rules can be about: the agents that are registered, and those of whoever uses the mesh itself."""
     prefix = "mesh.registry."
     info = await broker.api(f"STREAM.INFO.{REGISTRY}", {"subjects_filter": f"{prefix}*"})
-    return frozenset(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+    agents = (subject.removeprefix(prefix) for subject in info["state"].get("subjects") or ())
+    return frozenset((*agents, DEFAULT_IDENTITY, OPERATOR))
 
 
 class PolicyFollower:
-    """Keeps an `ActivePolicy` at what is stored, and tells what the version in shadow mode would have done.
+    """Keeps an `ActivePolicy` at what is stored, and tells how this sidecar decides.
 
     A sidecar that cannot reach the broker goes on with what it had; one that starts without it allows nothing.
 
@@ -215,67 +272,122 @@ class PolicyFollower:
         policy: what decides.
         catalog: the definitions that are approved now.
         replica: a name of this process, a token of subjects.
+        changed: called when another policy, or another mode, decides.
     """
 
-    def __init__(self, broker: Broker, policy: ActivePolicy, catalog: Callable[[], Catalog], *, replica: str) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        policy: ActivePolicy,
+        catalog: Callable[[], Catalog],
+        *,
+        replica: str,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = PolicyStore(broker)
         self._policy = policy
         self._catalog = catalog
         self._replica = replica
+        self._changed = changed
         self._follower = Follower(broker, POLICY_CHANGES, self._look)
-        self._used: tuple[int, int] = (0, 0)
-        self._bundles: dict[int, Bundle] = {}
-        self._told: tuple[int, int] = (0, 0)
-        self._compiling = asyncio.Lock()
+        self._used: tuple[int, int, str] | None = None
+        self._compiled: dict[int, Compiled] = {}
+        self._failures: dict[int, str] = {}
+        self._outdated = False
+        policy.use(None, failure=UNREAD)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Follow until cancelled; `ready` is called once what is stored decides."""
         await self._follower.run(ready)
 
-    async def recompile(self) -> None:
-        """Take new definitions over. For whoever learns that what is approved has changed."""
-        async with self._compiling:
-            await self._use(*self._used)
+    async def aclose(self) -> None:
+        """Tell that this sidecar decides nothing any more."""
+        try:
+            await self._store.forget(self._replica)
+        except BrokerError as error:
+            log.debug("it is not told that %s has ended: %s", self._replica, error)
+
+    def outdate(self) -> None:
+        """What is approved has changed: `refresh` has something to do."""
+        self._outdated = True
+
+    def refresh(self) -> None:
+        """Decide by the definitions that are approved now. Costs nothing while they are the same."""
+        if self._outdated:
+            self._use()
 
     async def _look(self) -> None:
-        active = (await self._store.pointer(ACTIVE)).version
-        shadow = (await self._store.pointer(SHADOW)).version
-        async with self._compiling:
-            if (active, shadow) != self._used:
-                kept = {}
-                for number in {active, shadow} - {0}:
-                    kept[number] = self._bundles.get(number) or (await self._store.version(number)).bundle
-                self._bundles = kept
-                await self._use(active, shadow)
+        try:
+            active = (await self._store.pointer(ACTIVE)).version
+            shadow = (await self._store.pointer(SHADOW)).version
+            mode = await self._store.mode()
+        except InvalidConfig as error:
+            log.error("nothing is allowed: %s", error)
+            self._used = None
+            self._policy.use(None, failure=str(error))
+            return
+        if (active, shadow, mode) != self._used:
+            for number in {active, shadow} - {0}:
+                await self._read(number)
+            self._compiled = {number: one for number, one in self._compiled.items() if number in (active, shadow)}
+            before, self._used = self._used, (active, shadow, mode)
+            self._use()
+            log.info("policy version %d decides%s; mode %s", active, f", {shadow} watches" if shadow else "", mode)
+            if before is not None:
+                self._changed()
         await self._tell()
 
-    async def _use(self, active: int, shadow: int) -> None:
+    async def _read(self, number: int) -> None:
+        if number in self._compiled:
+            return
+        self._failures.pop(number, None)
+        try:
+            bundle = (await self._store.version(number)).bundle
+            # Hundreds of rules take a tenth of a second, during which calls go on by the version before.
+            compiled = await asyncio.to_thread(compile_bundle, bundle, None)
+        except (InvalidConfig, PolicyNotFound) as error:
+            self._failures[number] = f"version {number} cannot be used: {error}"
+        else:
+            self._compiled[number] = compiled
+
+    def _use(self) -> None:
+        """Decide by what was read last. Rules are read already, so that this takes no time."""
+        if self._used is None:
+            return
+        self._outdated = False
         catalog = self._catalog()
-        failure = ""
-        engine = candidate = None
-        if active:
-            try:
-                # Hundreds of rules take a tenth of a second, during which calls go on by the version before.
-                engine = await asyncio.to_thread(running, self._bundles[active], catalog, version=active)
-            except InvalidConfig as error:
-                failure = f"version {active} cannot be used: {error}"
-                log.error("nothing is allowed: policy %s", failure)
-        if shadow:
-            try:
-                candidate = await asyncio.to_thread(running, self._bundles[shadow], catalog, version=shadow)
-            except InvalidConfig as error:
-                log.warning("version %d cannot be watched in shadow mode: %s", shadow, error)
-        self._policy.use(engine, candidate, failure=failure)
-        if (active, shadow) != self._used:
-            log.info("policy version %d decides%s", active, f", {shadow} watches" if shadow else "")
-        self._used = (active, shadow)
+        active, shadow, mode = self._used
+        engine, failure = self._engine(active, catalog)
+        candidate, unwatched = self._engine(shadow, catalog)
+        if failure:
+            log.error("nothing is allowed: policy %s", failure)
+        if unwatched:
+            log.warning("it is not watched: policy %s", unwatched)
+        self._policy.use(engine, candidate, failure=failure, mode=mode)
+
+    def _engine(self, number: int, catalog: Catalog) -> tuple[CedarEngine | None, str]:
+        """What decides by a version, or why nothing can; neither for 0."""
+        if number not in self._compiled:
+            return None, self._failures.get(number, "")
+        try:
+            return self._compiled[number].engine(catalog, version=number), ""
+        except InvalidConfig as error:
+            return None, f"version {number} cannot be used: {error}"
 
     async def _tell(self) -> None:
-        seen = self._policy.differences
-        state = (seen.version, seen.decided)
-        if seen.version and state != self._told:
-            await self._store.tell(self._replica, seen.encode())
-            self._told = state
+        policy = self._policy
+        said = {
+            **policy.differences.encode(),
+            "active": policy.version,
+            "mode": policy.mode,
+            "failure": policy.failure,
+            "calls": policy.decided,
+            "denied": policy.denied,
+        }
+        try:
+            await self._store.tell(self._replica, said)
+        except BrokerError as error:
+            log.debug("it is not told how %s decides: %s", self._replica, error)
 
 
 __all__ = ["ACTIVE", "SHADOW", "Pointer", "PolicyFollower", "PolicyStore", "Version", "known_agents", "registered"]

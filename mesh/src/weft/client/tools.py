@@ -62,6 +62,10 @@ class ToolRequest:
     id: str | int | None = None
     """JSON-RPC id; one of its own if None."""
     agent_version: str = ""
+    skill: str = ""
+    """The skill that is at work."""
+    sender: str = ""
+    """Who sent the task that it is part of."""
 
 
 class ToolClient:
@@ -164,6 +168,10 @@ class ToolClient:
             lines[h.DEADLINE] = str(int(request.deadline * 1000))
         if request.agent_version:
             lines[mcp.AGENT_VERSION_HEADER] = request.agent_version
+        if request.skill:
+            lines[mcp.SKILL_HEADER] = request.skill
+        if request.sender:
+            lines[mcp.SENDER_HEADER] = request.sender
         if len(data) + HEADROOM > self._broker.max_payload:
             lines[mcp.CLAIM_HEADER] = (await blobs.put(self._broker, data)).url
             data = b""

@@ -13,6 +13,7 @@ from weft.core.approversconf import read_approvers
 from weft.core.coordconf import CoordinatorConfig, read_coordinator
 from weft.core.gatewayconf import GatewayConfig, read_gateway
 from weft.core.home import HOME_NAME, MEMBERS, Accounts, BrokerRecord, Home
+from weft.core.policyconf import PolicyConfig, read_policy
 from weft.core.retentionconf import Retention, read_retention
 from weft.core.scheduleconf import ScheduleConfig, read_schedules
 from weft.core.toolsconf import SidecarConfig, ToolServer, read_sidecar, read_tools
@@ -193,6 +194,8 @@ class MeshConfig:
     tools: Mapping[str, ToolServer] = field(default_factory=dict)
     """Tool servers that stand in the file; `mesh tools add` registers others."""
     sidecar: SidecarConfig = field(default_factory=SidecarConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The rules about tools."""
     approvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Roles of each person who may decide about approvals."""
 
@@ -232,7 +235,7 @@ class _Reader(YamlReader):
     def mesh(self, root: yaml.Node | None) -> MeshConfig:
         known = (
             "name", "broker", "agents", "callers", "gateway", "coordinator", "schedules", "retention", "watchdog",
-            "alerts", "tools", "sidecar", "approvers",
+            "alerts", "tools", "sidecar", "policy", "approvers",
         )  # fmt: skip
         fields = self.mapping(root, "", known) if root is not None else {}
         folder = self.path.parent
@@ -253,6 +256,7 @@ class _Reader(YamlReader):
             coordinator=read_coordinator(self, fields.get("coordinator")),
             tools=read_tools(self, fields.get("tools"), folder=folder),
             sidecar=read_sidecar(self, fields.get("sidecar")),
+            policy=read_policy(self, fields.get("policy"), folder=folder),
             approvers=read_approvers(self, fields.get("approvers")),
         )
 

@@ -28,7 +28,7 @@ BUILTINS: Final = {"code": "pydantic_monty"}
 """Servers that are part of the sidecar, and the module each needs."""
 CODE_INSTALL: Final = "pip install 'weft[code]'"
 """What installs what the built-in server `code` needs."""
-_MODULES: Final = ("aiohttp", "jsonschema", "mcp", "starlette", "uvicorn")
+_MODULES: Final = ("aiohttp", "cedarpy", "jsonschema", "mcp", "starlette", "uvicorn")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 _URL: Final = re.compile(r"https?://[^\s/@]+(/\S*)?\Z")

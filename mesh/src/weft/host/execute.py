@@ -237,6 +237,7 @@ def _chosen(run: Run) -> tuple[Skill, dict[str, Any]]:
     message = run.work.request.message
     wanted = message.metadata[a2a.SKILL] if message.HasField("metadata") and a2a.SKILL in message.metadata else None
     skill = run.agent.choose(None if wanted is None else str(wanted))
+    run.skill = skill.id
     arguments = skill.signature.bind(run.parts)
     if skill.signature.task is not None:
         arguments[skill.signature.task] = Task(run)

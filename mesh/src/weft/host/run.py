@@ -194,6 +194,8 @@ class Run:
     circuits: Circuits
     """Whom it may call."""
     parts: tuple[Part, ...] = ()
+    skill: str = ""
+    """Id of the skill at work; empty before it is chosen, and where its agent answers message by message."""
     inbox: list[Input] = field(default_factory=list)
     history: list[pb.Message] = field(default_factory=list)
     said: list[pb.Message] = field(default_factory=list)

@@ -18,7 +18,7 @@ from weft.host.locking import Lock
 from weft.host.run import Run
 from weft_protocols import headers as h
 from weft_protocols import mcp
-from weft_protocols.errors import InvalidName
+from weft_protocols.errors import InvalidName, ToolError
 
 Progress = Callable[[float, float | None, str], None]
 """Gets how far a call is, of how much (None if that is not known), and what it says about it."""
@@ -28,6 +28,8 @@ AGAIN_FOR: Final = 60.0
 """Seconds a call that is refused for now waits, all its waits together, before the refusal is its result."""
 FOR_NOW: Final = (mcp.RATE_LIMITED, mcp.BUSY)
 """Refusals that say nothing but that it is too early."""
+LONGEST_PAUSE: Final = 30.0
+"""Seconds before a call is made again that needs an approval, where nobody could be asked for it."""
 TOOL_KEY: Final = "_tool"
 TRACE: Final = (h.TRACEPARENT, h.TRACESTATE)
 
@@ -158,11 +160,11 @@ class Tools:
             if pause is not None:
                 await self._pause(pause)
                 continue
-            approval = _approval(result)
-            if approval in ("", waited):
+            refused = result.refusal or {}
+            waiting = await self._held_up(refused, waited) if refused.get("code") == mcp.PENDING else None
+            if waiting is None:
                 return result
-            await approving.awaited(self._run, approval)
-            waited, patience = approval, _Patience(timeout)
+            waited, patience = waiting, _Patience(timeout)
 
     async def list(self) -> tuple[Tool, ...]:
         """The tools the task may call, of all servers."""
@@ -176,8 +178,16 @@ class Tools:
         Raises what `call` raises.
         """
         server, own = mcp.split_uri(uri)
-        told = await self._ask(server, "resources/read", {"uri": own}, timeout=timeout)
-        return contents(told)
+        waited = ""
+        while True:
+            try:
+                return contents(await self._ask(server, "resources/read", {"uri": own}, timeout=timeout))
+            except ToolError as error:
+                refused = error.data if error.code == mcp.PENDING and isinstance(error.data, dict) else None
+                waiting = await self._held_up(refused, waited) if refused is not None else None
+                if waiting is None:
+                    raise
+                waited = waiting
 
     async def address(self) -> ToolAddress:
         """An address with a token of this task, for frameworks that speak MCP themselves. Raises what `call` raises."""
@@ -190,6 +200,21 @@ class Tools:
         with run.waits.working():  # so soon it is not worth to leave memory
             async with run.slot.waiting():
                 await asyncio.sleep(seconds)
+
+    async def _held_up(self, refused: Mapping[str, Any], waited: str) -> str | None:
+        """Wait for what a refused call waits for, holding no slot; the id of its approval, empty where it has none yet.
+
+        None if there is nothing to wait for, or it was waited for already.
+        """
+        approval, again = refused.get("approval"), refused.get("retryAfter")
+        if isinstance(approval, str) and approval != waited:
+            await approving.awaited(self._run, approval)
+            return approval
+        if approval is None and isinstance(again, int | float):  # nobody could be asked
+            async with self._run.slot.waiting():
+                await asyncio.sleep(min(max(float(again), 0.1), LONGEST_PAUSE))
+            return waited
+        return None
 
     async def _ask(
         self,
@@ -212,6 +237,8 @@ class Tools:
             deadline=min((one for one in limits if one is not None), default=None),
             trace={name: own[name] for name in TRACE if own.get(name)},
             agent_version=run.agent.version,
+            skill=run.skill,
+            sender=run.work.caller,
         )
 
         def heard(name: str, told: dict[str, Any]) -> None:
@@ -263,15 +290,6 @@ class _Patience:
             return None
         self._most -= pause
         return pause
-
-
-def _approval(result: ToolResult) -> str:
-    """Id of the approval that a call waits for; empty where it waits for none."""
-    refusal = result.refusal
-    if refusal is None or refusal.get("code") != mcp.PENDING:
-        return ""
-    found = refusal.get("approval")
-    return found if isinstance(found, str) else ""
 
 
 def split(tool: str) -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""The policy that decides, and beside it a candidate that only watches: its differences are counted. Pure."""
+"""The policy that decides, and beside it a candidate that only watches: its differences are counted. Pure.
+
+In mode `shadow` the active policy itself only watches: everything passes, and what it would have said is told.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,15 @@ from weft.policy.model import Decision, Obligations, Request, Would
 
 EXAMPLES: Final = 50
 """Differing requests that are kept, the newest."""
-NONE_LOADED: Final = "no policy is loaded; `mesh policy load DIR` loads one"
+NONE_LOADED: Final = (
+    "no policy is loaded, so that nothing is allowed; `mesh policy init` writes one to begin with, "
+    "`mesh policy load` has it decide"
+)
+ENFORCE: Final = "enforce"
+WATCH: Final = "shadow"
+MODES: Final = (ENFORCE, WATCH)
+"""What a policy says holds; or everything is allowed, and what would have been denied is recorded."""
+WATCHES: Final = "the policy only watches (policy.mode is shadow in mesh.yaml)"
 
 
 @dataclass(slots=True)
@@ -47,10 +58,23 @@ class ActivePolicy:
         self.differences = Differences(0)
         self.failure = ""
         """Why the active version cannot be used; then nothing is allowed."""
+        self.mode = ENFORCE
+        """One of `MODES`."""
+        self.decided = 0
+        """Requests so far."""
+        self.denied = 0
+        """How many of them it denied, or would have in mode `shadow`."""
 
-    def use(self, active: CedarEngine | None, candidate: CedarEngine | None = None, *, failure: str = "") -> None:
+    def use(
+        self,
+        active: CedarEngine | None,
+        candidate: CedarEngine | None = None,
+        *,
+        failure: str = "",
+        mode: str = ENFORCE,
+    ) -> None:
         """Decide by `active` from now on, and watch `candidate`."""
-        self.active, self.failure = active, failure
+        self.active, self.failure, self.mode = active, failure, mode
         version = candidate.version if candidate is not None else 0
         if version != self.differences.version:
             self.differences = Differences(version)
@@ -62,7 +86,19 @@ class ActivePolicy:
         return self.active.version if self.active is not None else 0
 
     def decide(self, request: Request) -> Decision:
-        """What the active policy says, with what the candidate would have said where that differs."""
+        """What holds: what the active policy says, with what the candidate would have said where that differs.
+
+        In mode `shadow` everything is allowed and owes nothing; `shadow` has what the active policy says instead.
+        """
+        made = self._said(request)
+        self.decided += 1
+        self.denied += not made.allow
+        if self.mode == ENFORCE or (made.allow and not made.obligations):
+            return made
+        would = Would(made.allow, made.reasons, made.obligations, made.errors, made.version)
+        return Decision(True, messages=(WATCHES,), shadow=would, version=made.version)
+
+    def _said(self, request: Request) -> Decision:
         if self.active is None:
             return Decision(False, errors=(self.failure,)) if self.failure else Decision(False, messages=(NONE_LOADED,))
         made = self.active.decide(request)
@@ -80,6 +116,8 @@ class ActivePolicy:
 
     def visible(self, request: Request) -> bool:
         """See `PolicyEngine`."""
+        if self.mode == WATCH or (self.active is None and request.action == "list"):
+            return True  # without rules none hides a server; what it offers is not seen all the same
         return self.active is not None and self.active.visible(request)
 
 

@@ -74,10 +74,16 @@ class Recorded:
     reasons: tuple[str, ...] = ()
     obligations: Mapping[str, Any] | None = None
     """In JSON; None if the record does not say."""
+    unshown: bool = False
+    """Whether it had arguments that the record does not show."""
 
     @classmethod
     def decode(cls, raw: Any) -> Recorded:
-        """Out of a record. Raises ValueError if it holds no decision."""
+        """Out of a record, also one that a sidecar stored. Raises ValueError if it holds no decision."""
+        unshown = False
+        if isinstance(raw, Mapping) and isinstance(raw.get("who"), Mapping) and isinstance(raw.get("what"), Mapping):
+            unshown = bool(raw["what"].get("arguments")) and not isinstance(raw["what"].get("shown"), Mapping)
+            raw = _audited(raw)
         if isinstance(raw, Mapping) and isinstance(raw.get("policy"), Mapping):
             raw = raw["policy"]
         if not isinstance(raw, Mapping) or raw.get("decision") not in ("allow", "deny"):
@@ -91,7 +97,37 @@ class Recorded:
             raw["decision"] == "allow",
             tuple(str(one) for one in reasons),
             owed if isinstance(owed, Mapping) else None,
+            unshown,
         )
+
+
+ACTIONS: Final = {"tools/call": "call", "prompts/get": "get", "resources/read": "read"}
+"""What a policy calls the methods that records are about."""
+
+
+def _audited(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The decision in a sidecar's record of a call."""
+    who, what, why = raw["who"], raw["what"], raw.get("why")
+    if raw.get("kind") == "outcome":
+        raise ValueError("the record of how a call ended: its decision is in that of the intent")
+    if what.get("method") not in ACTIONS or not isinstance(why, Mapping):
+        return {}
+    request = {
+        "agent": who.get("agent", ""),
+        "action": ACTIONS[what["method"]],
+        "server": what.get("server", ""),
+        "name": what.get("name", ""),
+        "version": who.get("version", ""),
+        "skill": who.get("skill", ""),
+        "task": who.get("task", ""),
+        "caller": who.get("sender", ""),
+        "chain": who.get("chain", []),
+        "front": who.get("front", ""),
+        "time": raw.get("at", 0) / 1000,
+        "arguments": what.get("shown") or {},
+    }
+    said = {"decision": why.get("decision"), "reasons": why.get("rules", []), "obligations": why.get("obligations")}
+    return {"request": request, **said}
 
 
 def record(request: Request, decision: Decision, *, redact: Callable[[Any], Any] | None = None) -> dict[str, Any]:
@@ -149,7 +185,7 @@ def replay(engine: PolicyEngine, needs: Callable[[Request], Reads], recorded: It
     for one in recorded:
         reads = needs(one.request)
         read = {n: v for n, v in one.request.arguments.items() if reads.everything or n in reads.arguments}
-        if _is_redacted(read):
+        if _is_redacted([read, one.request.name]) or (one.unshown and (reads.everything or reads.arguments)):
             redacted += 1
             continue
         decision = engine.decide(one.request)

@@ -44,9 +44,8 @@ class Servers(Protocol):
 
     events: Events
 
-    @property
-    def servers(self) -> Mapping[str, Any]:
-        """By name."""
+    def shown(self, request: Request) -> Mapping[str, Any]:
+        """Those that whoever asks may see, by name."""
         ...
 
     async def one(self, request: Request, heard: Heard) -> dict[str, Any]:
@@ -80,7 +79,13 @@ class Aggregate:
             server, params = _completed(params)
             return await self._one(request, server, params, heard)
         if method == "subscriptions/listen":
-            await self._plane.events.listen((EVERY,), params.get("notifications"), ident=request.id, heard=heard)
+            await self._plane.events.listen(
+                (EVERY,),
+                params.get("notifications"),
+                ident=request.id,
+                heard=heard,
+                may=lambda server: server in self._plane.shown(request),
+            )
             return {"resultType": "complete", "_meta": {META_SUBSCRIPTION: request.id}}
         raise ToolError(f"{method} is not served here", code=METHOD_NOT_FOUND)
 
@@ -106,7 +111,7 @@ class Aggregate:
         """The lists of all servers as one, in the order of their names."""
         if request.params.get("cursor") is not None:
             raise ToolError("this list has one page only", code=INVALID_PARAMS)
-        names = list(self._plane.servers)
+        names = list(self._plane.shown(request))
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(self._part(request, name, part)) for name in names]
         merged = [item for task in asked for item in task.result()]

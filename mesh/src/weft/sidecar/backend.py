@@ -27,6 +27,10 @@ class Request:
     task: str = ""
     chain: tuple[str, ...] = ()
     agent_version: str = ""
+    skill: str = ""
+    """The skill at work, as the agent says; empty if it is not known."""
+    sender: str = ""
+    """Who sent the task, as the agent says; empty if it is not known."""
     deadline: float | None = None
     """Unix seconds."""
     extra: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,6 +25,10 @@ ACKNOWLEDGED: Final = "notifications/subscriptions/acknowledged"
 UPDATED: Final = "notifications/resources/updated"
 
 
+May = Callable[[str], bool]
+"""Whether a listener may hear of a server."""
+
+
 @dataclass(eq=False, slots=True)
 class _Listener:
     servers: Collection[str]
@@ -34,6 +39,7 @@ class _Listener:
     """URIs whose updates it wants."""
     ident: str | int
     heard: Heard
+    may: May
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -53,17 +59,18 @@ class Events:
         ident: str | int,
         heard: Heard,
         resources: Collection[str] = (),
+        may: May = lambda _: True,
     ) -> None:
         """Acknowledge a subscription (`notifications` of its params) and tell of what happens, until cancelled.
 
-        `resources` are those of which updates are known to come.
+        `resources` are those of which updates are known to come; of servers that it `may` not hear of, nothing is told.
         """
         asked = wanted if isinstance(wanted, dict) else {}
         agreed: dict[str, Any] = {name: True for name in CHANGES.values() if asked.get(name) is True}
         methods = frozenset(method for method, name in CHANGES.items() if name in agreed)
         if resources:
             agreed["resourceSubscriptions"] = sorted(resources)
-        listener = _Listener(servers, methods, frozenset(resources), ident, heard)
+        listener = _Listener(servers, methods, frozenset(resources), ident, heard, may)
         self._listeners.add(listener)
         try:
             told = {"notifications": agreed, "_meta": {META_SUBSCRIPTION: ident}}
@@ -99,6 +106,18 @@ class Events:
                 kept = meta if isinstance(meta, dict) else {}
                 listener.heard(method, {**params, "_meta": {**kept, META_SUBSCRIPTION: listener.ident}})
 
+    @contextmanager
+    def also(self, wanted: Any, *, ident: str | int, heard: Heard) -> Iterator[None]:
+        """Inside, a subscription that a server serves itself hears as well what the mesh says of all servers."""
+        asked = wanted if isinstance(wanted, dict) else {}
+        methods = frozenset(method for method, name in CHANGES.items() if asked.get(name) is True)
+        listener = _Listener((), methods, frozenset(), ident, heard, lambda _: True)
+        self._listeners.add(listener)
+        try:
+            yield
+        finally:
+            self._listeners.discard(listener)
+
     async def aclose(self) -> None:
         """End every subscription in order."""
         for handle in self._held.values():
@@ -109,7 +128,8 @@ class Events:
 
 def _concerns(listener: _Listener, server: str, method: str, params: dict[str, Any]) -> bool:
     told = method in listener.wanted or (method == UPDATED and params.get("uri") in listener.resources)
-    return told and (server in listener.servers or EVERY in (server, *listener.servers))
+    concerned = server in listener.servers or EVERY in (server, *listener.servers)
+    return told and concerned and (server == EVERY or listener.may(server))
 
 
 class Paced:

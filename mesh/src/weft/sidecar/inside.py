@@ -96,6 +96,8 @@ class InName:
             task=outer.task,
             chain=outer.chain,
             agent_version=outer.agent_version,
+            skill=outer.skill,
+            sender=outer.sender,
             deadline=outer.deadline,
         )
 

@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mcp import MCPError
@@ -22,6 +22,7 @@ from weft.core.supervise import Tasks
 from weft.sidecar.backend import Backend, Request
 from weft.sidecar.legacy import LegacyClient
 from weft.sidecar.link import Heard
+from weft.sidecar.tokens import Holder
 from weft_protocols.errors import ToolError
 from weft_protocols.mcp import EVERY, META_CAPABILITIES, META_VERSION, VERSION
 
@@ -43,9 +44,19 @@ class Asker:
 
     caller: str
     server: str = EVERY
-    task: str = ""
-    agent_version: str = ""
+    holder: Holder | None = None
+    """Whose task it is, where a token said so."""
     front: str = "http"
+
+    def request(self, method: str, params: Mapping[str, Any], *, ident: str | int = 0, modern: bool = True) -> Request:
+        """A request of theirs."""
+        asked = Request(self.caller, self.server, method, params, modern=modern, front=self.front, id=ident)
+        of = self.holder
+        if of is None:
+            return asked
+        return replace(
+            asked, task=of.task, chain=of.chain, agent_version=of.agent_version, skill=of.skill, sender=of.sender
+        )
 
 
 Identify = Callable[[ServerRequestContext[Any, Any]], Asker]
@@ -98,7 +109,8 @@ class Forwarder:
                     return own
                 params = client.params(params)
             async with self._relay(ctx) as heard:
-                return await self._backend.handle(self._request(asker, ctx, params, modern=modern), heard)
+                asked = asker.request(ctx.method, params, ident=ctx.request_id, modern=modern)
+                return await self._backend.handle(asked, heard)
         except ToolError as error:
             raise MCPError(error.code, str(error), error.data) from None
 
@@ -113,36 +125,18 @@ class Forwarder:
                 meta = {META_VERSION: VERSION, META_CAPABILITIES: {}}
                 params = {"notifications": dict(wanted), "_meta": meta}
                 ident = f"session-{uuid.uuid4().hex}"
-                asked = Request(asker.caller, asker.server, "subscriptions/listen", params, front=asker.front, id=ident)
-                await self._backend.handle(asked, heard)
+                await self._backend.handle(asker.request("subscriptions/listen", params, ident=ident), heard)
 
             found = LegacyClient(connection.notify, listen)
             connection.state[CLIENT] = found
             connection.exit_stack.push_async_callback(found.aclose)
         return found
 
-    def _request(
-        self, asker: Asker, ctx: ServerRequestContext[Any, Any], params: Mapping[str, Any], *, modern: bool
-    ) -> Request:
-        return Request(
-            caller=asker.caller,
-            server=asker.server,
-            method=ctx.method,
-            params=params,
-            modern=modern,
-            front=asker.front,
-            id=ctx.request_id if ctx.request_id is not None else 0,
-            task=asker.task,
-            chain=(f"{asker.caller}/{asker.task}",) if asker.task else (),
-            agent_version=asker.agent_version,
-        )
-
     async def _handshake(self, asker: Asker, result: HandlerResult) -> HandlerResult:
         """The answer to `initialize`, with what the server offers in it."""
         made: dict[str, Any] = dict(result) if isinstance(result, dict) else {}
-        asked = Request(asker.caller, asker.server, "server/discover", {}, front=asker.front)
         try:
-            found = await self._backend.handle(asked, lambda *_: None)
+            found = await self._backend.handle(asker.request("server/discover", {}), lambda *_: None)
         except ToolError as error:
             raise MCPError(error.code, str(error), error.data) from None
         capabilities = dict(found.get("capabilities") or {})

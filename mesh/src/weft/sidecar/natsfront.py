@@ -302,6 +302,8 @@ def _request(inbound: Inbound, token: str, headers: Mapping[str, str]) -> Reques
         task=task,
         chain=chain,
         agent_version=headers.get(mcp.AGENT_VERSION_HEADER.lower(), "")[:64],
+        skill=headers.get(mcp.SKILL_HEADER.lower(), "")[:128],
+        sender=headers.get(mcp.SENDER_HEADER.lower(), "")[:64],
         deadline=int(deadline) / 1000 if deadline else None,
     )
 

@@ -50,6 +50,10 @@ class Call:
     chain: tuple[str, ...] = ()
     """The delegation chain, `agent/task` items, the root first and the caller's own task last."""
     agent_version: str = ""
+    skill: str = ""
+    """The skill at work, as the agent says; empty if it is not known."""
+    sender: str = ""
+    """Who sent the task, as the agent says; empty if it is not known."""
     deadline: float | None = None
     """Unix seconds after which nobody waits for the outcome."""
     definition: Mapping[str, Any] | None = None

@@ -6,20 +6,27 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Final
 
 from weft.client.limits import SharedLimits
+from weft.client.policies import PolicyFollower
 from weft.core.broker import Broker
 from weft.core.latest import Follower
 from weft.core.supervise import Tasks
 from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
+from weft.policy.active import ActivePolicy
+from weft.policy.catalog import Catalog
+from weft.sidecar import decided
 from weft.sidecar.aggregate import Aggregate
+from weft.sidecar.approved import Approved, by_persons
 from weft.sidecar.arguments import Arguments
 from weft.sidecar.backend import Request
-from weft.sidecar.events import Events, Paced
+from weft.sidecar.decided import Decided, Hidden, Policy
+from weft.sidecar.events import ACKNOWLEDGED, Events, Paced
 from weft.sidecar.fence import Fenced, by_coordinator
 from weft.sidecar.guards import SandboxRules
 from weft.sidecar.inside import InName, Inside
@@ -69,10 +76,14 @@ OURS: Final = (META_REFUSAL, META_REDACTED)
 """Keys of `_meta` of results that no server sets."""
 STARTED_WITHIN: Final = 20.0
 """Seconds to read which servers are registered."""
+POLICY_WITHIN: Final = 5.0
+"""Seconds more to read the policy, before it is served without: then nothing is allowed."""
 
 
-def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], int] = lambda: 1) -> list[Stage]:
-    """What every sidecar has, in its order. Who decides comes before what a decision obliges to (`Sandboxed`).
+def usual_stages(
+    broker: Broker, recorder: Recorder, policy: Policy, *, sidecars: Callable[[], int] = lambda: 1
+) -> list[Stage]:
+    """What every sidecar has, in its order. Who decides comes before what a decision obliges to.
 
     `sidecars` says how many there are about now.
     """
@@ -82,10 +93,12 @@ def usual_stages(broker: Broker, recorder: Recorder, *, sidecars: Callable[[], i
         Known(),
         Pinned(),
         Arguments(),
+        Decided(policy),
         Sandboxed(),
         Fenced(by_coordinator(broker)),
         Repeats(broker),
         Rated(SharedLimits(broker, sidecars=sidecars)),
+        Approved(by_persons(broker)),
         Redacts(),
         ResponseSize(),  # on the way back it comes first: what is too large is not looked through
         Breaker(),
@@ -107,8 +120,13 @@ class Plane:
         self.store = ToolStore(broker)
         self.recorder = Recorder(broker)
         self._siblings = Siblings(broker)
-        usual = usual_stages(broker, self.recorder, sidecars=lambda: self.sidecars) if stages is None else stages
-        self.pipeline = Pipeline(usual)
+        self.policy = ActivePolicy()
+        """What decides."""
+        self.policies = PolicyFollower(
+            broker, self.policy, self._definitions, replica=self.recorder.by.replace("/", "-"), changed=self._tell
+        )
+        usual = usual_stages(broker, self.recorder, self.policy, sidecars=lambda: self.sidecars)
+        self.pipeline = Pipeline(usual if stages is None else stages)
         self.events = Events()
         self._connect = connect
         self._served: dict[str, Served] = {}
@@ -129,12 +147,20 @@ class Plane:
                 await ready.wait()
         except TimeoutError:
             raise Unavailable("which tool servers are registered cannot be read: is the mesh up?") from None
+        decides = asyncio.Event()
+        self._tasks.start(self.policies.run(decides.set), name="policy")
+        try:
+            async with asyncio.timeout(POLICY_WITHIN):
+                await decides.wait()
+        except TimeoutError:
+            log.error("the policy cannot be read; until it can, nothing is allowed")
 
     async def aclose(self) -> None:
         """End every server's processes and connections."""
         await self._tasks.aclose()
         await self._siblings.aclose()
         await self.events.aclose()
+        await self.policies.aclose()
         await self.recorder.aclose()
         served, self._served = list(self._served.values()), {}
         async with asyncio.TaskGroup() as group:
@@ -161,9 +187,13 @@ class Plane:
         """A server. Raises ToolError if there is none of that name, or it is switched off."""
         found = self._served.get(name)
         if found is None or not found.server.enabled:
-            known = ", ".join(self.servers) or "none"
-            raise ToolError(f"there is no tool server {name!r}; there are: {known}", code=NO_SERVER)
+            raise ToolError(_none(name, self.servers), code=NO_SERVER)
         return found
+
+    def shown(self, request: Request) -> dict[str, Served]:
+        """Those that are enabled and that whoever asks may see, by name."""
+        self.policies.refresh()
+        return {name: one for name, one in self.servers.items() if not decided.hidden(self.policy, request, name)}
 
     async def handle(self, request: Request, heard: Heard) -> dict[str, Any]:
         """See `Backend`."""
@@ -173,8 +203,16 @@ class Plane:
 
     async def one(self, request: Request, heard: Heard) -> dict[str, Any]:
         """A request to one server, names being its own."""
-        served = self.served(request.server)
         heard = Paced(heard, request.server)
+        self.policies.refresh()
+        server = request.server
+        if server not in self.servers:
+            raise ToolError(_none(server, self.shown(request)), code=NO_SERVER)
+        served = self.served(server)
+        if decided.hidden(self.policy, request, server) and decided.useless(
+            self.policy, request, request.method, request.params, server=server
+        ):
+            return await self._conceal(request)
         if request.method == "ping":
             return {}
         if request.method == "server/discover":
@@ -196,9 +234,33 @@ class Plane:
         call = replace(call, facts={**call.facts, **facts})
         return await self.pipeline.outcome(call, lambda call: self._forward(served, call, request, lambda *_: None))
 
+    async def _conceal(self, request: Request) -> dict[str, Any]:
+        """Answer as if there were no such server; that it was tried is recorded."""
+        hide = Hidden(_none(request.server, self.shown(request)))
+        call = Call(
+            caller=request.caller,
+            server=request.server,
+            method=request.method,
+            name=name_of(request.method, request.params),
+            params=request.params,
+            front=request.front,
+            request=request.token,
+            task=request.task,
+            chain=request.chain,
+            agent_version=request.agent_version,
+            skill=request.skill,
+            sender=request.sender,
+        )
+
+        async def never(_: Call) -> dict[str, Any]:
+            raise ToolError("a hidden server is not called", code=NO_SERVER)
+
+        return await Pipeline([Recorded(self.recorder), hide]).run(call, never)
+
     async def _call_of(self, served: Served, request: Request) -> Call:
         """A request as the stages see it. Raises ToolError if the server was never reached and cannot be."""
         await served.known()
+        self.policies.refresh()
         name = name_of(request.method, request.params)
         kind = KINDS.get(request.method)
         definition, digest, quarantine = served.definition(kind, name) if kind else (None, "", "")
@@ -220,6 +282,8 @@ class Plane:
             task=request.task,
             chain=request.chain,
             agent_version=request.agent_version,
+            skill=request.skill,
+            sender=request.sender,
             deadline=request.deadline,
             definition=definition,
             definition_digest=digest,
@@ -243,8 +307,19 @@ class Plane:
 
     async def _listed(self, served: Served, call: Call) -> dict[str, Any]:
         kind, part = LISTS[call.method]
-        made: dict[str, Any] = {part: [dict(one) for one in served.catalog.approved(kind)]}
+        offered = [dict(one) for one in served.catalog.approved(kind)]
+        action, named = ("read", "uriTemplate") if kind == "template" else ("call" if kind == "tool" else "get", "name")
+        made: dict[str, Any] = {part: self._visible(call, offered, action, named)}
         return as_modern(call.method, {"ttlMs": TTL, **made}) if call.modern else made
+
+    def _visible(self, call: Call, offered: Iterable[Any], action: str, named: str) -> list[Any]:
+        """What of a list its reader could call."""
+        policy = self.policy
+        return [
+            one
+            for one in offered
+            if isinstance(one, dict) and policy.visible(decided.request(call, action, str(one.get(named, ""))))
+        ]
 
     async def _forward(self, served: Served, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         headers = {**request.extra, **param_headers(call)}
@@ -267,6 +342,8 @@ class Plane:
         if call.method in ("resources/list", "resources/read") and "cacheScope" in result:
             # Who may see it is decided for each caller, so that nobody may keep it for others.
             result = {**result, "cacheScope": "private"}
+        if call.method == "resources/list" and isinstance(result.get("resources"), list):
+            result = {**result, "resources": self._visible(call, result["resources"], "read", "uri")}
         return result
 
     async def _listen(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
@@ -274,10 +351,15 @@ class Plane:
         if not session.identity.modern:
             return await self._hear_of(session, call, request, heard)
 
-        def told(method: str, params: dict[str, Any]) -> None:
-            heard(method, known_as(params, request.id))
+        with ExitStack() as stack:
 
-        return known_as(await session.call(call.method, call.params, heard=told), request.id)
+            def told(method: str, params: dict[str, Any]) -> None:
+                heard(method, known_as(params, request.id))
+                if method == ACKNOWLEDGED:  # nothing is told before
+                    agreed = params.get("notifications")
+                    stack.enter_context(self.events.also(agreed, ident=request.id, heard=heard))
+
+            return known_as(await session.call(call.method, call.params, heard=told), request.id)
 
     async def _hear_of(self, session: Session, call: Call, request: Request, heard: Heard) -> dict[str, Any]:
         """A subscription to a server of the earlier era: what it says by itself."""
@@ -316,8 +398,21 @@ class Plane:
             elif pin is not None:
                 served.repin(pin, sequence)
         if (registered, self._pins) != before:
-            for method in CHANGES:
-                self.events.said(EVERY, method, {})
+            self.policies.outdate()
+            self._tell()
+
+    def _tell(self) -> None:
+        """What somebody may call has changed."""
+        for method in CHANGES:
+            self.events.said(EVERY, method, {})
+
+    def _definitions(self) -> Catalog:
+        """Everything that is approved."""
+        found: dict[str, list[tuple[str, Any]]] = {}
+        for name, one in self._served.items():
+            items = one.pin.items if one.pin is not None else {}
+            found[name] = [(key.partition(":")[0], item) for key, item in items.items()]
+        return Catalog.of(found)
 
     def _made(self, server: ToolServer, pin: Pin | None, sequence: int) -> Served:
         return Served(
@@ -327,6 +422,7 @@ class Plane:
             pin_sequence=sequence,
             remember=self._remember,
             on_event=self._said,
+            on_pinned=self.policies.outdate,
         )
 
     def _said(self, server: str, method: str, params: dict[str, Any]) -> None:
@@ -375,3 +471,7 @@ def _without_ours(result: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(meta, dict) or not any(key in meta for key in OURS):
         return result
     return {**result, "_meta": {key: value for key, value in meta.items() if key not in OURS}}
+
+
+def _none(name: str, known: Iterable[str]) -> str:
+    return f"there is no tool server {name!r}; there are: {', '.join(known) or 'none'}"

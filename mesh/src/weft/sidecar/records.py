@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Final
 
 from weft.core.broker import Broker
@@ -65,8 +64,8 @@ class Recorder:
                 "decision": "allow" if decision.allow else "deny",
                 "rules": list(decision.reasons),
                 "errors": list(decision.errors),
-                "obligations": _json(asdict(decision.obligations)) if decision.obligations else None,
-                "shadow": would,
+                "obligations": _json(decision.obligations.encode()) or None,
+                "shadow": _json(would),
             }
         return AuditRecord(
             kind,
@@ -204,6 +203,8 @@ def _who(call: Call) -> dict[str, Any]:
     return {
         "agent": call.caller,
         "version": call.agent_version,
+        "skill": call.skill,
+        "sender": call.sender,
         "task": call.task,
         "chain": list(call.chain),
         "front": call.front,

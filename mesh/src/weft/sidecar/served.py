@@ -81,6 +81,7 @@ class Served:
         pin_sequence: of the message that says so.
         remember: stores a first pin, where the registration lets what is seen first be approved.
         on_event: gets the server's name, and what it says that belongs to no request.
+        on_pinned: called when something else is approved.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Served:
         pin_sequence: int,
         remember: Remember,
         on_event: Callable[[str, str, dict[str, Any]], None],
+        on_pinned: Callable[[], None],
     ) -> None:
         self.server = server
         self.pin = pin
@@ -101,6 +103,7 @@ class Served:
         self.upstream = Upstream(server, connect, opened=self._opened, on_event=self._heard)
         self._remember = remember
         self._on_event = on_event
+        self._on_pinned = on_pinned
         self._items: dict[str, Any] = {}
         self._reading = asyncio.Lock()
         self._stale = False
@@ -117,6 +120,7 @@ class Served:
         if sequence <= self.pin_sequence:
             return
         self.pin, self.pin_sequence = pin, sequence
+        self._on_pinned()
         self._judge(self.catalog.listing, self.catalog.identity, self.catalog.read)
 
     def definition(self, kind: str, name: str) -> tuple[Mapping[str, Any] | None, str, str]:
@@ -191,6 +195,7 @@ class Served:
             log.warning("%s: %s has %s and is not approved by itself", self.name, oneline(key), why)
         items = {key: one for key, one in listing.items.items() if key not in odd}
         self.pin, self.pin_sequence = await self._remember(self.name, Pin(items, "first-use", time.time()))
+        self._on_pinned()
 
     def _judge(self, listing: Listing, identity: Identity | None, read: float) -> None:
         begun = time.monotonic()

@@ -96,7 +96,14 @@ class SidecarService:
         """A bearer token for the task that asks; the broker proved whose it is."""
         if not request.task or request.params.get("task") != request.task:
             raise ToolError("a token is for the task that asks for it", code=DENIED)
-        token, holder = self.tokens.issue(request.caller, request.task, agent_version=request.agent_version)
+        token, holder = self.tokens.issue(
+            request.caller,
+            request.task,
+            agent_version=request.agent_version,
+            chain=request.chain,
+            skill=request.skill,
+            sender=request.sender,
+        )
         return {"url": f"{self.web.url}/mcp", "token": token, "id": holder.id, "expires": holder.expires}
 
     def schema(self, server: str, tool: str) -> Mapping[str, Any] | None:

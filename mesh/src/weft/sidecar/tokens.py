@@ -14,6 +14,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +25,7 @@ PREFIX: Final = "wt1"
 LIFETIME: Final = 900.0
 """Seconds a token holds."""
 _PURPOSE: Final = b"weft mcp bearer token v1"
-_LONGEST: Final = 2048
+_LONGEST: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Holder:
     caller: str
     task: str
     agent_version: str
+    chain: tuple[str, ...]
+    """The delegation chain, `agent/task` items, the holder's own task last."""
+    skill: str
+    sender: str
     id: str
     expires: float
     """Unix seconds."""
@@ -53,10 +58,21 @@ class Tokens:
         self._key = key
         self._revoked: dict[tuple[str, str], float] = {}
 
-    def issue(self, caller: str, task: str, *, agent_version: str = "") -> tuple[str, Holder]:
-        """A token for a task of an agent, from now on for `LIFETIME` seconds."""
-        holder = Holder(caller, task, agent_version, uuid.uuid4().hex, time.time() + LIFETIME)
-        body = _b64(json.dumps([caller, task, agent_version, holder.id, holder.expires]).encode())
+    def issue(
+        self,
+        caller: str,
+        task: str,
+        *,
+        agent_version: str = "",
+        chain: Sequence[str] = (),
+        skill: str = "",
+        sender: str = "",
+    ) -> tuple[str, Holder]:
+        """A token for a task of an agent, from now on for `LIFETIME` seconds. What is asked with it is asked so."""
+        own = tuple(chain) or ((f"{caller}/{task}",) if task else ())
+        holder = Holder(caller, task, agent_version, own, skill, sender, uuid.uuid4().hex, time.time() + LIFETIME)
+        told = [caller, task, agent_version, own, skill, sender, holder.id, holder.expires]
+        body = _b64(json.dumps(told).encode())
         signed = f"{PREFIX}.{body}"
         return f"{signed}.{self._mac(signed)}", holder
 
@@ -67,12 +83,13 @@ class Tokens:
             return None
         try:
             prefix, _, body = signed.partition(".")
-            caller, task, version, ident, expires = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            told = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            caller, task, version, chain, skill, sender, ident, expires = told
         except (ValueError, binascii.Error):
             return None
         if prefix != PREFIX or expires <= time.time() or (caller, ident) in self._revoked:
             return None
-        return Holder(caller, task, version, ident, expires)
+        return Holder(caller, task, version, tuple(chain), skill, sender, ident, expires)
 
     def revoke(self, caller: str, ident: str) -> None:
         """End a token of a caller's before its time."""

@@ -134,7 +134,7 @@ class WebFront:
         if not kind:
             return None if self._anonymous is None else Asker(self._anonymous, server)
         holder = self._tokens.check(token.strip()) if kind.lower() == "bearer" else None
-        return None if holder is None else Asker(holder.caller, server, holder.task, holder.agent_version)
+        return None if holder is None else Asker(holder.caller, server, holder)
 
     def _schema_now(self, tool: str) -> Mapping[str, Any] | None:
         asker = _CURRENT.get()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from weft.cli.errors import NotFound
+from weft.cli.supervisor import rules
 from weft.cli.supervisor.brokerunit import BrokerUnit
 from weft.cli.supervisor.control import Tell
 from weft.cli.supervisor.coordinators import COORDINATOR, Coordinators
@@ -26,6 +27,7 @@ from weft.core.toolstore import ToolStore
 from weft.core.topology import reconcile
 from weft_protocols.errors import UsageError, WeftError
 from weft_protocols.resources import topology
+from weft_protocols.subjects import OPERATOR
 
 GATEWAY: Final = "gateway"
 SIDECAR: Final = "sidecar"
@@ -165,12 +167,16 @@ class Fleet:
             await self._admit()
             await self._declare_tools()
             if name is not None:
-                return await self._restart_named(name, before, tell)
+                done = await self._restart_named(name, before, tell)
+                if name == SIDECAR:
+                    await self.apply_policy(tell)
+                return done
             done = await self._restart_coordinator(tell)
             if self._gateway is not None or self._config.gateway.enabled:
                 done += await self._restart_gateway(tell)
             if self._sidecar is not None or self._tools:
                 done += await self._restart_sidecar(tell)
+            await self.apply_policy(tell)
             for agent in sorted(self._replicas.keys() | self._config.agents.keys()):
                 done += await self._restart_agent(agent, before, tell)
             return done
@@ -212,6 +218,7 @@ class Fleet:
             wished = topology(tuple(server.accounts.agents), wanted.durability, max_bytes=wanted.max_bytes)
             report = await reconcile(broker, wished, apply=True)
             await self._store_tools(broker)
+            await rules.declare_mode(broker, self._config.policy, self._say)
         finally:
             await broker.close()
         for drift in report.drifted:
@@ -222,6 +229,15 @@ class Fleet:
         broker = await Broker.connect(self._broker.server.settings(COORDINATOR), name="mesh tools")
         try:
             await self._store_tools(broker)
+            await rules.declare_mode(broker, self._config.policy, self._say)
+        finally:
+            await broker.close()
+
+    async def apply_policy(self, tell: Tell | None = None) -> None:
+        """Have the rules of the folder that `mesh.yaml` names decide. What is wrong with them is told."""
+        broker = await Broker.connect(self._broker.server.settings(OPERATOR), name="mesh policy")
+        try:
+            await rules.apply(broker, self._config.policy, tell or self._say)
         finally:
             await broker.close()
 

@@ -20,7 +20,7 @@ from weft.cli.supervisor.state import Lock, Record, config_digest, forget, socke
 from weft.cli.supervisor.unit import State, Unit
 from weft.core.config import CONFIG_NAME, MeshConfig
 from weft.core.home import Home, make_private_directory, process_started
-from weft_protocols.errors import UsageError
+from weft_protocols.errors import UsageError, WeftError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +136,10 @@ class Supervisor:
     async def _announce(self, fleet: Fleet) -> None:
         for unit in fleet.units:
             await unit.reaches(State.READY, State.FAILED, State.STOPPED, timeout=None)
+        try:
+            await fleet.apply_policy()
+        except WeftError as error:
+            self._listener.say(f"which policy decides cannot be seen to: {error}")
         if (gateway := fleet.addresses) is not None:
             self._listener.say(f"agents are at {gateway.http}/agents, by gRPC at {gateway.grpc}")
         self._listener.up(fleet.url, fleet.units)
