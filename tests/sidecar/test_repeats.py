@@ -20,7 +20,7 @@ from weft.core.broker import Broker
 from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
 from weft.sidecar.guards import Guards
-from weft.sidecar.pipeline import Call, Pipeline
+from weft.sidecar.pipeline import Call, Passing, Pipeline
 from weft.sidecar.repeats import Repeats
 from weft.testing.agents import Process, client, eventually, running
 from weft.testing.broker import BrokerMesh, unique_name
@@ -129,6 +129,24 @@ async def test_a_cancelled_call_is_one_whose_outcome_is_unknown(broker: Broker) 
     await asyncio.wait((task,))
     with pytest.raises(ToolError, match="not known"):
         await pipeline.run(call, Mail())
+
+
+async def test_a_call_that_was_cancelled_before_it_was_made_is_made_later(broker: Broker) -> None:
+    held = asyncio.Event()
+
+    class Holds(Passing):
+        async def before(self, call: Call) -> Call:
+            held.set()
+            await asyncio.Event().wait()
+            return call
+
+    call, mail = a_call(), Mail()
+    task = asyncio.create_task(Pipeline([Repeats(broker), Holds()]).run(call, mail))
+    await held.wait()
+    task.cancel()
+    await asyncio.wait((task,))
+    await Pipeline([Repeats(broker)]).run(call, mail)
+    assert mail.sent == 1
 
 
 async def test_what_its_server_declares_idempotent_is_called_again(broker: Broker) -> None:

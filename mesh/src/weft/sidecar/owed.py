@@ -6,6 +6,7 @@ from typing import Final
 
 from weft.policy.model import Decision, Obligations
 from weft.sidecar.pipeline import Call
+from weft_protocols.mcp import META_STEP
 
 DECISION: Final = "decision"
 """Fact: the policy's `Decision`, left by the stage that asked it."""
@@ -51,8 +52,12 @@ def redactions(call: Call) -> frozenset[str]:
 
 
 def has_effects(call: Call) -> bool:
-    """Whether a repeated call would be a second effect."""
-    return call.guards.has_effects(call.name) or obligations(call).side_effects
+    """Whether a repeated call would be a second effect.
+
+    A task that runs again because it waited for an approval must not need another one to get where it was.
+    """
+    owes = obligations(call)
+    return call.guards.has_effects(call.name) or owes.side_effects or (bool(owes.approvals) and META_STEP in call.meta)
 
 
 def is_idempotent(call: Call) -> bool:

@@ -130,6 +130,8 @@ class Outcome:
     refused: Refusal | None = None
     """Which stage's refusal it was, where the server was not asked."""
     cancelled: bool = False
+    made: bool = True
+    """Of a cancelled call: whether every stage had let it pass, so that its server may have been asked."""
     seconds: float = 0.0
     call: Call | None = None
     """The call as it was when it ended, with everything that was found out about it."""
@@ -189,7 +191,9 @@ class Pipeline:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(AFTER):
                     last = passed[-1][1] if passed else call
-                    await _back(passed, Outcome(cancelled=True, seconds=time.monotonic() - begun, call=last))
+                    made = len(passed) == len(self.stages)
+                    seconds = time.monotonic() - begun
+                    await _back(passed, Outcome(cancelled=True, made=made, seconds=seconds, call=last))
             raise
         except Exception as error:  # what nobody thought of in a stage or an answer: all is given back and recorded
             log.error("%s of %s at %s failed", call.method, call.caller, call.server, exc_info=error)

@@ -150,7 +150,7 @@ def _told(outcome: Outcome) -> dict[str, Any] | None:
     """What is recorded of an outcome; None if it is not known what the call did."""
     at = int(time.time() * 1000)
     if outcome.cancelled:
-        return None
+        return None if outcome.made else {"state": VOID, "at": at}
     if outcome.result is not None:
         return {"state": DONE, "at": at, "result": dict(outcome.result)}
     error = outcome.error or ToolError("the call has no outcome")

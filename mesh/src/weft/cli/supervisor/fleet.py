@@ -165,7 +165,7 @@ class Fleet:
             ):
                 tell("the broker section of mesh.yaml changed: that takes `mesh down` and `mesh up`")
             await self._admit()
-            await self._declare_tools()
+            await self._declare_tools(tell)
             if name is not None:
                 done = await self._restart_named(name, before, tell)
                 if name == SIDECAR:
@@ -224,12 +224,12 @@ class Fleet:
         for drift in report.drifted:
             self._say(f"the broker differs from this version of weft: {drift}")
 
-    async def _declare_tools(self) -> None:
-        """Have the tool servers of `mesh.yaml` registered as they stand there now."""
+    async def _declare_tools(self, tell: Tell) -> None:
+        """Have the tool servers of `mesh.yaml` registered as they stand there now, and the policy hold or watch."""
         broker = await Broker.connect(self._broker.server.settings(COORDINATOR), name="mesh tools")
         try:
             await self._store_tools(broker)
-            await rules.declare_mode(broker, self._config.policy, self._say)
+            await rules.declare_mode(broker, self._config.policy, tell)
         finally:
             await broker.close()
 

@@ -65,6 +65,7 @@ async def apply(broker: Broker, config: PolicyConfig, say: Say) -> None:
         if unknown:
             say(f"names of tools of {', '.join(unknown)} are not checked in the policy: none of them is approved yet")
         loaded = await load(broker, bundle, by=BY, note=str(config.folder), lenient=bool(unknown))
+        behind = await store.followed(loaded.version.number)
     except (WeftError, OSError) as error:
         kept = f"version {active.version} goes on to decide" if active.version else "no tool may be used"
         say(f"THE POLICY IN {config.folder} IS REFUSED; {kept}:")
@@ -74,6 +75,8 @@ async def apply(broker: Broker, config: PolicyConfig, say: Say) -> None:
     for warning in loaded.warnings:
         say(f"  {warning}")
     say(f"policy version {loaded.version.number} decides, {loaded.version.rules} rules of {config.folder.name}")
+    if behind:
+        say(f"  not yet on {', '.join(behind)}")
 
 
 async def _unknown(broker: Broker) -> list[str]:
