@@ -30,6 +30,7 @@ from weft.sidecar.sandbox import choose
 from weft.sidecar.service import SidecarService
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh
+from weft.testing.policies import permit
 from weft_protocols import mcp
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -337,6 +338,7 @@ async def bench(mesh: BrokerMesh, tmp_path_factory: pytest.TempPathFactory) -> A
         operator, sidecar, local = [await mesh.connect(name) for name in ("operator", "sidecar", "local")]
         for broker in (operator, sidecar, local):
             stack.push_async_callback(broker.close)
+        await permit(operator)
         service = SidecarService(sidecar, SidecarConfig())
         stack.push_async_callback(service.aclose)
         await service.start()

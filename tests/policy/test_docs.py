@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_rules_and_their_tests_are_right(catalog: Catalog) -> None:
-    groups, tests = blocks("yaml")
+    groups, tests, *_ = blocks("yaml")
     made = compile_bundle(Bundle.of({"rules.cedar": blocks("cedar")[0], "groups.yaml": groups}), catalog)
     assert not made.problems
     found, wrong = cases.read({"a.test.yaml": tests})

@@ -91,7 +91,8 @@ async def last(operator: Broker, kind: str, server: str) -> dict[str, Any]:
 async def denied(call: Awaitable[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """What a refused call is told, however."""
     try:
-        result = await call
+        async with asyncio.timeout(10):
+            result = await call
     except ToolError as error:
         return str(error), {"code": error.code, **error.data}
     refusal = result["_meta"][mcp.META_REFUSAL]
@@ -221,6 +222,8 @@ async def test_a_change_of_the_policy_is_told_to_whoever_listens(stage: Any, rul
     listening = asyncio.create_task(stage.caller.request(asked, heard=lambda method, _: heard.append(method)))
     await eventually(lambda: heard)
     assert [one["name"] for one in (await stage.ask(server, "tools/list"))["tools"]] == ["do"]
+    # What is told of the new server is over once its pin was read.
+    await eventually(lambda: server in stage.service.plane._pins)
     before = len(heard)
     await rules('permit (principal == Agent::"somebody", action, resource);')
     await eventually(lambda: "notifications/tools/list_changed" in heard[before:])
@@ -228,11 +231,19 @@ async def test_a_change_of_the_policy_is_told_to_whoever_listens(stage: Any, rul
     listening.cancel()
 
 
-async def test_new_definitions_are_decided_about_as_they_are_now(stage: Any, rules: Rules) -> None:
+async def test_new_definitions_are_decided_about_as_they_are_now(
+    stage: Any, rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first call of a server is what pins it: rules that read its arguments know them at once."""
     await rules('permit (principal, action, resource) when { context.args.what == "nothing" };')
     server = await stage.bad()
-    assert not failed(await stage.do(server, "nothing"))
+
+    async def late() -> None:
+        """What is stored is not read again before the call."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.service.plane._follower, "_look", late)
+        assert not failed(await stage.do(server, "nothing"))
     assert failed(await stage.do(server, "meta"))
 
 

@@ -92,7 +92,7 @@ RATE_LIMITED: Final = -32013
 CODES: Final[dict[int, tuple[str, str]]] = {
     DENIED: ("denied", "the policy does not allow it"),
     QUARANTINED: ("quarantined", "the definition is new or changed and was not approved"),
-    PENDING: ("pending", "it waits for an approval; `data.approval` is its id"),
+    PENDING: ("pending", "it needs an approval that was not given yet"),
     BUSY: ("busy", "as many calls as allowed are under way; `data.retryAfter` has seconds"),
     CIRCUIT_OPEN: ("circuit_open", "the server failed too often; `data.retryAfter` has seconds"),
     LATE: ("late", "the deadline passed"),

@@ -64,8 +64,8 @@ class Recorder:
                 "decision": "allow" if decision.allow else "deny",
                 "rules": list(decision.reasons),
                 "errors": list(decision.errors),
-                "obligations": _json(decision.obligations.encode()) or None,
-                "shadow": _json(would),
+                "obligations": _json(decision.obligations.encode()) if decision.obligations else None,
+                "shadow": _json(would) if would is not None else None,
             }
         return AuditRecord(
             kind,
