@@ -284,6 +284,7 @@ async def test_large_arguments_hold_nobody_up(hostile: Any, mallory: Mallory) ->
 
     async with asyncio.TaskGroup() as group:
         group.create_task(watch())
+        await asyncio.sleep(0)  # it begins to wait
         await mallory.ask(server, Mcp_Claim=ref.url)
         stop.set()
     assert longest < work

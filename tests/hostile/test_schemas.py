@@ -44,6 +44,7 @@ async def test_a_check_ends_soon_and_lets_others_have_their_turn(
     over = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         waited = group.create_task(longest_wait(over))
+        await asyncio.sleep(0)  # it begins to wait
         async with asyncio.timeout(20):
             decided = await Arguments().before(call)
         over.set()

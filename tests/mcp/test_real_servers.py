@@ -401,6 +401,7 @@ async def test_a_real_server_that_hangs_is_given_up_in_time_and_replaced(
     assert SHORT <= time.monotonic() - begun < SHORT + 5
     await eventually(lambda: bench.upstream(server).restarts > restarts and not alive(before))
     await bench.started(server)  # although nobody waits for it as long as it takes
+    await bench.register(server)
     await bench.effect(server, 5)
 
 
