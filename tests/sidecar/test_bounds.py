@@ -35,7 +35,8 @@ async def test_wrong_arguments_do_not_reach_the_server(stage: Any) -> None:
 
 async def test_a_call_that_takes_longer_than_its_server_may_is_late(stage: Any) -> None:
     server = await stage.bad(timeout=0.5)
-    assert kind(await stage.do(server, "silence")) == "late"
+    async with asyncio.timeout(15):
+        assert kind(await stage.do(server, "silence")) == "late"
 
 
 async def test_a_server_that_fails_again_and_again_is_left_alone(stage: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from weft.client.limits import SharedLimits
+from weft.client.tools import ToolRequest
 from weft.core.broker import Broker
 from weft.core.config import load_mesh_config
 from weft.core.latest import Latest
@@ -198,6 +199,16 @@ async def test_a_recorded_result_costs_nothing(broker: Broker) -> None:
     results = [await pipeline.run(call, server) for _ in range(4)]
     assert [refusal(one) for one in results] == [None] * 4
     assert server.called == 1
+
+
+async def test_through_a_sidecar_a_recorded_result_costs_nothing(stage: Any) -> None:
+    server = await stage.runner(rate="1/h", side_effects=["effect"])
+    params = {"name": "effect", "arguments": {}, "_meta": {mcp.META_STEP: "s1"}}
+    request = ToolRequest(server, "tools/call", params, chain=f"local/{unique_name('task')}")
+    results = [await stage.caller.request(request) for _ in range(3)]
+    assert [refusal(one) for one in results] == [None] * 3
+    other = ToolRequest(server, "tools/call", {**params, "_meta": {mcp.META_STEP: "s2"}}, chain=request.chain)
+    assert refusal(await stage.caller.request(other))["kind"] == "rate_limited"
 
 
 # Several sidecars ----------------------------------------------------------------------------------
