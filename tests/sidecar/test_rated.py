@@ -31,7 +31,7 @@ from weft.sidecar.siblings import Siblings
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import mcp
-from weft_protocols.errors import InvalidConfig, ToolError
+from weft_protocols.errors import Conflict, InvalidConfig, ToolError
 from weft_protocols.resources import RATE_PREFIX, RATES
 
 pytestmark = pytest.mark.anyio
@@ -316,6 +316,23 @@ async def test_without_the_broker_calls_wait_and_nothing_is_allowed_twice(fresh_
     await asyncio.gather(*(other.run(owing(often), server) for _ in range(300)))
     assert server.called <= 200 + 100 * (time.time() - begun + 1) + 1
     await brokers[1].close()
+
+
+async def test_a_write_that_was_stored_though_its_answer_was_lost_is_known_again(broker: Broker) -> None:
+    class Losing:
+        """Stores what it is given, and the attempt after the lost answer finds it stored."""
+
+        last = staticmethod(broker.last)
+
+        async def publish(self, *args: Any, **more: Any) -> int:
+            await broker.publish(*args, **more)
+            raise Conflict("wrong last sequence")
+
+    limits: Any = SharedLimits(Losing())  # type: ignore[arg-type]
+    pipeline, server, three = Pipeline([Rated(limits)]), Server(), limit(3)
+    for _ in range(4):
+        await pipeline.run(owing(three), server)
+    assert server.called == 3
 
 
 async def test_a_broker_that_dies_and_comes_back_allows_nothing_twice(fresh_mesh: BrokerMesh) -> None:
