@@ -249,15 +249,16 @@ async def test_who_leaves_the_queue_takes_nobodys_turn() -> None:
     concurrency = Concurrency()
     call = replace(CALL, limits=Limits(concurrency=1))
     assert isinstance(await concurrency.before(call), Call)
-    tasks = [asyncio.create_task(concurrency.before(replace(call, caller=name))) for name in ("b", "c", "d")]
+    tasks = [asyncio.create_task(concurrency.before(replace(call, caller=name))) for name in ("b", "b", "c")]
     await asyncio.sleep(0)
     tasks[0].cancel()
     await asyncio.wait(tasks[:1])
     await concurrency.after(call, Outcome(result={}))
     assert isinstance(await tasks[1], Call)
+    assert not tasks[2].done()
     tasks[2].cancel()
     await asyncio.wait(tasks[2:])
-    await concurrency.after(replace(call, caller="c"), Outcome(cancelled=True))
+    await concurrency.after(replace(call, caller="b"), Outcome(cancelled=True))
     assert isinstance(await concurrency.before(call), Call)
 
 

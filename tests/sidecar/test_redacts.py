@@ -410,6 +410,15 @@ async def test_a_large_result_is_looked_through_while_other_calls_go_on() -> Non
     assert turns > 5
 
 
+async def test_the_callers_own_token_of_its_progress_is_left_alone() -> None:
+    decided = await Redacts().before(replace(CALL, params={**CALL.params, "_meta": {"progressToken": SECRET}}))
+    assert isinstance(decided, Call)
+    heard: list[Any] = []
+    told = {"progressToken": SECRET, "progress": 1, "message": LEAK}
+    hearing(decided, lambda *told: heard.append(told))("notifications/progress", told)
+    assert heard == [("notifications/progress", {**told, "message": GONE})]
+
+
 async def test_a_notification_that_is_too_large_is_left_out() -> None:
     decided = await Redacts().before(CALL)
     assert isinstance(decided, Call)

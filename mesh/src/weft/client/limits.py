@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from weft.core.latest import Latest
+from weft.core.latest import Latest, Record
 from weft.policy.model import Limit, Request
 from weft.policy.rate import Leases, chunk, returned, taken
 from weft_protocols.errors import BrokerError, Conflict, InvalidConfig
@@ -22,12 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("weft.policy")
 
-TRIES: Final = 20
-"""Attempts at one change while others change the same."""
 WITHIN: Final = 5.0
-"""Seconds that one change may take."""
-PAUSE: Final = 0.001
-"""Seconds before the second attempt at most; longer before each one after it."""
+"""Seconds that one change may take, while others change the same."""
+PAUSES: Final = (0.001, 0.002, 0.005, 0.01, 0.02)
+"""Seconds at most before another attempt: two that go in step would else get in each other's way for ever."""
 UNKNOWN: Final = 1.0
 """Seconds to wait where it is not known how far a limit is used."""
 
@@ -122,22 +122,30 @@ class SharedLimits:
         name = hashlib.sha256(f"{key}:{limit.calls}/{limit.seconds:g}:{limit.burst}".encode()).hexdigest()
         try:
             async with asyncio.timeout(WITHIN):
-                for attempt in range(TRIES):
-                    found = await self._rates.get(name)
+                found = await self._rates.get(name)
+                for attempt in itertools.count():
                     now = time.time()
-                    count, after, wait = change(float(found.data) if found is not None else 0.0, now)
+                    count, after, wait = change(_tat(found), now)
                     if not count:
                         return 0, wait, now
+                    data = f"{after!r} {uuid.uuid4().hex}".encode()
                     try:
-                        await self._rates.put(name, repr(after).encode(), after=found.seq if found is not None else 0)
+                        await self._rates.put(name, data, after=found.seq if found is not None else 0)
                     except Conflict:
-                        # Two in step would lose and win in the same order again and again.
-                        await asyncio.sleep(random.uniform(0.0, PAUSE * (attempt + 1)))
-                        continue
+                        found = await self._rates.get(name)
+                        if found is None or found.data != data:  # else an attempt of ours was stored after all
+                            await asyncio.sleep(random.uniform(0.0, PAUSES[min(attempt, len(PAUSES) - 1)]))
+                            found = await self._rates.get(name)
+                            continue
                     return count, 0.0, now
         except (BrokerError, ValueError, InvalidConfig, TimeoutError) as error:
             log.warning("how far a rate limit is used cannot be read or written: %s", error or "it takes too long")
         return 0, UNKNOWN, time.time()
+
+
+def _tat(found: Record | None) -> float:
+    """The state in a record: the number before whatever tells one write from another."""
+    return float(found.data.split()[0]) if found is not None else 0.0
 
 
 __all__ = ["Over", "SharedLimits"]

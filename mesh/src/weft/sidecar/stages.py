@@ -198,7 +198,7 @@ class Concurrency:
             if isinstance(error, asyncio.CancelledError):
                 raise
             whose, most = ("", limits.concurrency)
-            if places.taken[call.caller] >= limits.share:
+            if places.taken[call.caller] >= limits.share < limits.concurrency:
                 whose, most = f" of {call.caller}", limits.share
             return Refusal(
                 BUSY,
