@@ -158,9 +158,9 @@ def test_code_of_agents_is_run_by_a_server_that_is_part_of_the_sidecar(project: 
     pytest.importorskip("pydantic_monty", reason="needs the extra `code`")
     project.write(CONFIG.format(tools=""), worker=agent_source.format(name="worker"))
     project.mesh("up", "--detach", timeout=50)
+    project.permit('permit (principal == Agent::"local", action, resource);')
     added = project.mesh("tools", "add", "code", "--builtin", "code", "--setting", 'code={"calls": 3}', timeout=60)
     assert "tool:run" in added.out
-    project.permit('permit (principal == Agent::"local", action, resource);')
     assert project.mesh("tools", "call", "code.run", "code=print(1)\n6 * 7").out.splitlines() == ["1", "", "42"]
     project.mesh("restart", "sidecar", timeout=60)
     assert project.mesh("tools", "call", "code.run", "code=6 * 7").out.strip() == "42"
