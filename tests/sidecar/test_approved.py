@@ -103,6 +103,22 @@ async def test_what_waits_is_refused_with_its_id_and_what_to_do() -> None:
     assert persons.used == []
 
 
+async def test_the_answers_of_a_later_round_are_approved_and_shown_like_arguments() -> None:
+    persons = Persons("pending")
+    later = replace(CALL, params={**CALL.params, "inputResponses": {"sure": {"action": "accept"}}, "requestState": "s"})
+    assert (
+        len(
+            {
+                bound(one).arguments
+                for one in (CALL, later, replace(later, params={**later.params, "requestState": "t"}))
+            }
+        )
+        == 3
+    )
+    await refused(persons, later)
+    assert persons.asked[0][1]["details"]["answers"]["inputResponses"] == {"sure": {"action": "accept"}}
+
+
 async def test_what_was_approved_is_used_and_left_to_the_record() -> None:
     persons = Persons("approved")
     passed = await Approved(persons).before(CALL)

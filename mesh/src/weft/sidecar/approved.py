@@ -36,6 +36,7 @@ SHOWN: Final = 12 * 1024
 """Bytes of arguments that approvers are shown at most."""
 LONGEST_KEY: Final = 1000
 LONGEST_NAME: Final = 200
+ROUNDS: Final = ("inputResponses", "requestState")
 METHODS: Final = ("tools/call", "prompts/get", "resources/read")
 
 
@@ -130,9 +131,10 @@ class Approved(Passing):
 
     def _details(self, call: Call) -> dict[str, Any]:
         """What persons see of it. Secrets are taken out; nobody approves what was cut without being told."""
-        shown = self._redactor.value(dict(call.arguments))
-        made: dict[str, Any] = {"arguments": shown}
-        text = json.dumps(shown, ensure_ascii=True)
+        rounds = _rounds(call)
+        shown = self._redactor.value({"arguments": dict(call.arguments), **({"answers": rounds} if rounds else {})})
+        made: dict[str, Any] = dict(shown)
+        text = json.dumps(shown["arguments"] if not rounds else shown, ensure_ascii=True)
         if len(text) > SHOWN:
             made = {"arguments": text[:SHOWN], "cut": f"{len(text) - SHOWN} of {len(text)} characters are not shown"}
         decision = owed.decision(call)
@@ -148,12 +150,17 @@ def bound(call: Call) -> ToolCall:
         agent=call.caller,
         server=call.server,
         tool=call.name if len(call.name) <= LONGEST_NAME else step_token(call.name),
-        arguments=digest(dict(call.arguments)),
+        arguments=digest([dict(call.arguments), rounds] if (rounds := _rounds(call)) else dict(call.arguments)),
         definition=call.definition_digest or digest([call.method, call.name]),
         policy=str(decision.version) if decision is not None else "",
         task=call.task,
         key=key if len(key) <= LONGEST_KEY else step_token(key),
     )
+
+
+def _rounds(call: Call) -> dict[str, Any]:
+    """What a call of several rounds carries besides its arguments: it decides as much about what happens."""
+    return {name: call.params[name] for name in ROUNDS if name in call.params}
 
 
 def _refused(call: Call, told: ApprovalInfo) -> Refusal:
