@@ -122,6 +122,8 @@ class Stage:
         for puller in self._pullers:
             if puller.broker.connected:
                 await puller.broker.flush()
+        if self.operator.connected:
+            await self.operator.flush()  # what the server heard of them before is heard here as well
         return True
 
     async def aclose(self) -> None:
