@@ -270,6 +270,28 @@ def test_what_has_no_canonical_form_is_an_error(value: Any) -> None:
         canonical_json(value, deepest=4)
 
 
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_values)
+def test_a_value_is_written_the_same_alone_and_beside_one_that_needs_more_care(value: Any) -> None:
+    try:
+        alone = canonical_json(value)
+    except ValueError:  # a key that is not Unicode
+        with pytest.raises(ValueError):
+            canonical_json([value, 0.5])
+        return
+    assert canonical_json([value, 0.5]) == b"[" + alone + b",0.5]"
+
+
 def test_the_digest_does_not_depend_on_the_order_of_fields() -> None:
     told = cards.card_json(build(extra={"provider": {"organization": "Example", "url": "https://example.com"}}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from decimal import Decimal
@@ -11,6 +12,7 @@ SAFE_INTEGER: Final = 2**53 - 1
 """The largest whole number that JSON holds for every reader."""
 DEEPEST: Final = 128
 """Levels of lists and objects; the A2A SDK's limit."""
+_PLAIN: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 _ESCAPED: Final = re.compile(r'[\x00-\x1f\\"]')
 _SHORT: Final = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -22,9 +24,25 @@ def canonical_json(value: Any, *, deepest: int = DEEPEST) -> bytes:
         ValueError: it has none: NaN or an infinity, a whole number over 2^53, text that is not Unicode, a key that is
             no text, something that is not JSON, or more than `deepest` levels.
     """
+    if _is_plain(value, deepest):
+        return _PLAIN.encode(value).encode()
     out: list[str] = []
     _write(value, out, deepest)
     return "".join(out).encode()
+
+
+def _is_plain(value: Any, deepest: int) -> bool:
+    """Whether the standard library's form is the canonical one, as it is of most values, at a third of the cost."""
+    kind: type[Any] = type(value)
+    if kind is str or kind is bool or value is None:
+        return True
+    if kind is int:
+        return bool(-SAFE_INTEGER <= value <= SAFE_INTEGER)
+    if kind is dict:
+        return deepest > 0 and all(
+            type(key) is str and key.isascii() and _is_plain(item, deepest - 1) for key, item in value.items()
+        )
+    return kind is list and deepest > 0 and all(_is_plain(item, deepest - 1) for item in value)
 
 
 def without_empty(value: Any, *, deepest: int = DEEPEST) -> Any:
