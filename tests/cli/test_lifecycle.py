@@ -309,7 +309,7 @@ def test_run_serves_an_agent_that_mesh_yaml_does_not_name(started: Any, agent_so
     assert "the agent is called 'guest'" in wrong.err
 
 
-def test_a_second_coordinator_in_the_foreground_stands_by(started: Any) -> None:
+def test_a_second_coordinator_in_the_foreground_stands_by(started: Any, until: Callable[..., Any]) -> None:
     with subprocess.Popen(
         started.command("coordinator"),
         cwd=started.folder,
@@ -321,7 +321,8 @@ def test_a_second_coordinator_in_the_foreground_stands_by(started: Any) -> None:
         try:
             assert any(line.startswith("ready") for line in iter(second.stderr.readline, ""))
             os.kill(started.rows()["coordinator"]["pid"], signal.SIGKILL)
-            assert started.mesh("tasks", "list").err == "no tasks\n"
+            # What is asked in the moment of the kill may have gone to the one that was killed, and is lost with it.
+            until(lambda: started.mesh("tasks", "list", code=None).err == "no tasks\n")
         finally:
             os.kill(second.pid, signal.SIGTERM)
         assert second.wait(20) == 0
