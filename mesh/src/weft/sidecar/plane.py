@@ -237,20 +237,7 @@ class Plane:
     async def _conceal(self, request: Request) -> dict[str, Any]:
         """Answer as if there were no such server; that it was tried is recorded."""
         hide = Hidden(_none(request.server, self.shown(request)))
-        call = Call(
-            caller=request.caller,
-            server=request.server,
-            method=request.method,
-            name=name_of(request.method, request.params),
-            params=request.params,
-            front=request.front,
-            request=request.token,
-            task=request.task,
-            chain=request.chain,
-            agent_version=request.agent_version,
-            skill=request.skill,
-            sender=request.sender,
-        )
+        call = _asked(request)
 
         async def never(_: Call) -> dict[str, Any]:
             raise ToolError("a hidden server is not called", code=NO_SERVER)
@@ -267,24 +254,11 @@ class Plane:
         if kind and definition is None:
             await served.look_again()
             definition, digest, quarantine = served.definition(kind, name)
-        return Call(
-            caller=request.caller,
-            server=served.name,
-            method=request.method,
-            name=name,
-            params=request.params,
+        return replace(
+            _asked(request),
             limits=served.upstream.limits,
             guards=served.upstream.guards,
             facts={"sandbox": served.upstream.sandbox.name} if served.server.transport == "stdio" else {},
-            modern=request.modern,
-            front=request.front,
-            request=request.token,
-            task=request.task,
-            chain=request.chain,
-            agent_version=request.agent_version,
-            skill=request.skill,
-            sender=request.sender,
-            deadline=request.deadline,
             definition=definition,
             definition_digest=digest,
             quarantine=quarantine,
@@ -457,6 +431,26 @@ class Plane:
                 log.debug("another sidecar pinned %s first", name)
             record = await self.store.pins.get(name)
         return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)
+
+
+def _asked(request: Request) -> Call:
+    """What a request itself says of a call."""
+    return Call(
+        caller=request.caller,
+        server=request.server,
+        method=request.method,
+        name=name_of(request.method, request.params),
+        params=request.params,
+        modern=request.modern,
+        front=request.front,
+        request=request.token,
+        task=request.task,
+        chain=request.chain,
+        agent_version=request.agent_version,
+        skill=request.skill,
+        sender=request.sender,
+        deadline=request.deadline,
+    )
 
 
 def _version(info: Mapping[str, Any]) -> str:
