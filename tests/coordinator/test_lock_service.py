@@ -74,8 +74,12 @@ class Speaking:
         return await self.call("lock", **{**body, **options})
 
     async def unlock(self, sent: Sent, *names: str, claim: int = 1) -> bool:
-        answer = await self.call("unlock", task=sent.task, request=f"{sent.task}-{'+'.join(names)}", claim=claim)
-        return bool(answer["released"])
+        return bool((await self.give(sent, *names, claim=claim))["released"])
+
+    async def give(self, sent: Sent, *names: str, claim: int = 1, **more: Any) -> dict[str, Any]:
+        """What is answered when something is given back."""
+        request = f"{sent.task}-{'+'.join(names)}"
+        return await self.call("unlock", task=sent.task, request=request, claim=claim, **more)
 
     async def session(self, *, held: list[str], waiting: list[str] | None = None, waits: int = 0) -> dict[str, Any]:
         return await self.call("session", replica=self.id, held=held, waiting=waiting or [], waits=waits)
@@ -335,6 +339,89 @@ async def test_nobody_speaks_for_another_agents_task(cast: Cast, stage: Stage) -
         await replica.call("waits", replica="r", set=[["x"]])
     edges = (await cast.operator("graph"))["edges"]
     assert not [edge for edge in edges if edge["task"] == foreign.task]
+
+
+# Promises ---------------------------------------------------------------------------------------
+
+
+async def test_who_asks_behind_his_own_replica_is_told_whom_he_follows_and_his_token(cast: Cast, stage: Stage) -> None:
+    replica = await cast.replica()
+    one, two, three = [await stage.send(replica.agent) for _ in range(3)]
+    await replica.lock(one, "p")
+    second, third = await replica.lock(two, "p"), await replica.lock(three, "p")
+    assert (second["after"], third["after"]) == (f"{one.task}-p", f"{two.task}-p")
+    told = await replica.session(held=[f"{one.task}-p"], waiting=[f"{two.task}-p", f"{three.task}-p"])
+    assert told["waiting"][f"{two.task}-p"] == {key: second[key] for key in ("promised", "after")}
+    assert await replica.give(one, "p", to=[f"{two.task}-p"]) == {"released": True}
+    await replica.unlock(two, "p")
+    (granted,) = await eventually(lambda: replica.ops("lock"))
+    assert granted["state"] == "granted", "the second one was handed on, so that only the third one is told"
+    assert (granted["request"], granted["token"]) == (f"{three.task}-p", third["promised"])
+    await replica.session(held=[])
+
+
+async def test_a_place_that_becomes_the_next_one_is_promised_by_a_message(cast: Cast, stage: Stage) -> None:
+    first = await cast.replica()
+    second = await cast.replica(first.agent)
+    one, two, three = [await stage.send(first.agent) for _ in range(3)]
+    await first.lock(one, "p")
+    assert "promised" not in await second.lock(two, "p")
+    assert "promised" not in await second.lock(three, "p")
+    await first.unlock(one, "p")
+    await eventually(lambda: len(second.ops("lock")) == 2)
+    granted, promised = second.ops("lock")
+    assert (granted["state"], promised["state"]) == ("granted", "promised")
+    assert promised["after"] == granted["request"]
+    await second.lock(two, "p", claim=2)
+    recalled = await eventually(lambda: second.ops("lock")[2:])
+    assert [(one["request"], one["state"]) for one in recalled] == [(f"{three.task}-p", "recalled")]
+    for replica in (first, second):
+        await replica.session(held=[])
+
+
+async def test_what_was_handed_on_against_the_order_is_refused(cast: Cast, stage: Stage) -> None:
+    replica = await cast.replica()
+    one, two, three = [await stage.send(replica.agent) for _ in range(3)]
+    for sent in (one, two, three):
+        await replica.lock(sent, "p")
+    answer = await replica.give(one, "p", to=[f"{three.task}-p"])
+    assert answer == {"released": True, "refused": [f"{three.task}-p"]}
+    assert (await eventually(lambda: replica.ops("lock")))[0]["request"] == f"{two.task}-p"
+    await replica.session(held=[])
+
+
+async def test_a_token_that_was_promised_counts_as_soon_as_it_is_shown(cast: Cast, stage: Stage) -> None:
+    """A tool is called under it before the coordinator hears that the lock was handed on."""
+    replica = await cast.replica()
+    one, two = [await stage.send(replica.agent) for _ in range(2)]
+    first, second = (await replica.lock(one, "p"))["token"], (await replica.lock(two, "p"))["promised"]
+
+    async def held(sent: Sent, token: int) -> bool:
+        told = await cast.operator("lock-check", name="p", token=token, agent=replica.agent, task=sent.task)
+        return bool(told["held"])
+
+    assert await held(one, first)
+    assert not await held(one, second)
+    assert not await held(two, second + 1)
+    assert await held(one, first)
+    assert await held(two, second)
+    assert not await held(one, first)
+    assert not await replica.unlock(one, "p")
+    assert await replica.unlock(two, "p")
+
+
+async def test_a_lock_that_was_handed_on_and_given_back_lets_the_next_one_on(cast: Cast, stage: Stage) -> None:
+    """The message got lost by which the one before was given back."""
+    replica, other = await cast.replica(), await cast.replica()
+    one, two = [await stage.send(replica.agent) for _ in range(2)]
+    after = await stage.send(other.agent)
+    await replica.lock(one, "p")
+    token = (await replica.lock(two, "p"))["promised"]
+    await other.lock(after, "p")
+    assert await replica.give(two, "p", token=token) == {"released": True}
+    assert (await eventually(lambda: other.ops("lock")))[0]["state"] == "granted"
+    assert not await replica.unlock(one, "p")
+    await other.session(held=[])
 
 
 # Leaders ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ The laws, checked after every decision:
 6. A decision changes nothing until it is folded.
 7. The fold of the events, and what was dumped and loaded, are the live ledger.
 8. Nothing is left of what is over.
+9. Who is promised a name is of its holder's replica and gets it next, with that token, or it is recalled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from weft_coordinator.decide.ledger import Event
-from weft_coordinator.decide.locks import Ask, Locks, Request, changes, names_of
+from weft_coordinator.decide.locks import PROMISES, Ask, Locks, Request, changes, names_of
 from weft_protocols.errors import Fenced, InvalidParams
 
 PARENT = {"t2": "t1", "t3": "t2", "t5": "t4"}
@@ -157,6 +158,170 @@ def test_the_order_of_a_queue_outlives_a_snapshot(mesh: Folded) -> None:
     mesh.locks, old = Locks(), mesh.locks
     mesh.locks.load(msgpack.unpackb(msgpack.packb(old.dump())))
     assert mesh.release(holder) == ["t2"]
+
+
+# What comes next is promised -------------------------------------------------------------------------
+
+
+def promises(mesh: Folded) -> list[tuple[str, int, str]]:
+    """Who of those that wait for `a` is promised it: task, token, and the task that has to let go."""
+    waiting = mesh.locks.view("a")[1]
+    return [(r.task, r.promised, r.after.partition("/")[0]) for r in waiting if r.promised]
+
+
+def test_what_follows_on_one_replica_is_promised_as_it_is_asked(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    second, third = mesh.ask("t2", "a"), mesh.ask("t3", "a")
+    assert promises(mesh) == [("t2", 3, "t1"), ("t3", 5, "t2")]
+    mesh.release(first)
+    assert (second.token, second.promised) == (3, 0)
+    mesh.release(second)
+    assert third.token == 5
+
+
+def test_nothing_is_promised_beyond_another_replica_s_request(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    second = mesh.ask("t2", "a", replica="r2")
+    mesh.ask("t3", "a")
+    mesh.ask("t4", "a")
+    assert promises(mesh) == []
+    mesh.release(first)
+    assert promises(mesh) == []
+    mesh.release(second)
+    assert [task for task, _, _ in promises(mesh)] == ["t4"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"mode": "shared"}, {"names": ("a", "b")}, {"reentrant": True}, {"replica": "r2"}, {"agent": "y"}],
+    ids=lambda other: next(iter(other)),
+)
+def test_only_exclusive_requests_for_one_name_are_promised_it(mesh: Folded, other: dict[str, Any]) -> None:
+    mesh.ask("t1", "a")
+    mesh.ask("t6", "a", **other)
+    mesh.ask("t7", "a")
+    assert promises(mesh) == []
+
+
+def test_a_shared_holder_promises_nothing(mesh: Folded) -> None:
+    mesh.ask("t1", "a", mode="shared")
+    mesh.ask("t2", "a")
+    assert promises(mesh) == []
+
+
+def test_so_many_are_promised_a_name_and_more_as_they_get_it(mesh: Folded) -> None:
+    holder = mesh.ask("t0", "a")
+    for i in range(PROMISES + 5):
+        mesh.ask(f"w{i}", "a")
+    assert [task for task, _, _ in promises(mesh)] == [f"w{i}" for i in range(PROMISES)]
+    mesh.release(holder)
+    assert [task for task, _, _ in promises(mesh)] == [f"w{i}" for i in range(1, PROMISES + 1)]
+
+
+def test_who_gives_up_is_passed_over(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    second, third = mesh.ask("t2", "a"), mesh.ask("t3", "a")
+    mesh.release(second)
+    assert [task for task, _, _ in promises(mesh)] == ["t3"]
+    assert mesh.release(first) == ["t3"]
+    assert third.token == 5
+
+
+def test_a_takeover_of_the_holder_recalls_what_was_promised(mesh: Folded) -> None:
+    mesh.ask("t1", "a", request="t1/q")
+    second = mesh.ask("t2", "a")
+    promised = second.promised
+    moved = mesh.ask("t1", "a", request="t1/q", claim=2, replica="r2")
+    assert moved.token > promised
+    assert promises(mesh) == []
+    assert mesh.log[-1][0] == "lock.recalled"
+    mesh.release(moved)
+    assert second.token > moved.token
+
+
+def test_a_takeover_of_one_that_waits_recalls_it_and_what_follows(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    mesh.ask("t2", "a", request="t2/q")
+    third = mesh.ask("t3", "a")
+    late = third.promised
+    second = mesh.ask("t2", "a", request="t2/q", claim=2, replica="r2")
+    assert promises(mesh) == []
+    mesh.release(first)
+    assert second.token > late
+
+
+def test_who_re_enters_recalls_what_was_promised_after_its_ancestor(mesh: Folded) -> None:
+    outer = mesh.ask("t1", "a")
+    second = mesh.ask("t4", "a")
+    promised = second.promised
+    inner = mesh.ask("t2", "a", reentrant=True)
+    assert inner.held
+    assert promises(mesh) == []
+    assert mesh.release(outer) == []
+    assert mesh.release(inner) == ["t4"]
+    assert second.token > promised
+
+
+def test_nothing_is_promised_behind_two_that_are_inside_or_one_that_re_entered(mesh: Folded) -> None:
+    outer = mesh.ask("t1", "a")
+    mesh.ask("t2", "a", reentrant=True)
+    mesh.ask("t4", "a")
+    assert promises(mesh) == []
+    assert mesh.release(outer) == []
+    assert promises(mesh) == []
+
+
+def test_who_is_let_in_later_recalls_what_was_promised_before(mesh: Folded) -> None:
+    outer, other = mesh.ask("t1", "a"), mesh.ask("t9", "b")
+    second = mesh.ask("t4", "a")
+    promised = second.promised
+    inner = mesh.ask("t2", "a", "b", reentrant=True)
+    assert second.promised == promised > 0
+    assert mesh.release(other) == ["t2"]
+    assert second.promised == 0
+    assert mesh.release(outer) == []
+    assert mesh.release(inner) == ["t4"]
+    assert second.token > inner.token
+
+
+def test_nothing_is_promised_past_a_shared_request_that_came_before(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    for task, mode in (("t2", "exclusive"), ("t3", "shared"), ("t4", "exclusive")):
+        mesh.ask(task, "a", mode=mode)
+    assert [task for task, _, _ in promises(mesh)] == ["t2"]
+    mesh.release(first)
+    assert promises(mesh) == []
+
+
+def test_a_promised_token_that_is_shown_proves_that_those_before_let_go(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    second, third = mesh.ask("t2", "a"), mesh.ask("t3", "a")
+    token = third.promised
+    assert mesh.locks.handed("x", third.request, token - 1) == []
+    mesh.fold(mesh.locks.handed("x", third.request, token))
+    assert (third.held, third.token) == (True, token)
+    assert mesh.locks.handed("x", third.request, token) == []
+    assert mesh.locks.find("x", first.request) is mesh.locks.find("x", second.request) is None
+
+
+def test_promises_outlive_a_snapshot(mesh: Folded) -> None:
+    first = mesh.ask("t1", "a")
+    mesh.ask("t2", "a")
+    before = promises(mesh)
+    mesh.locks, old = Locks(), mesh.locks
+    mesh.locks.load(msgpack.unpackb(msgpack.packb(old.dump())))
+    assert promises(mesh) == before != []
+    mesh.release(first)
+    assert mesh.locks.view("a")[0][0].token == before[0][1]
+
+
+def test_a_snapshot_from_before_there_were_promises_is_read(mesh: Folded) -> None:
+    mesh.ask("t1", "a")
+    mesh.ask("t2", "a")
+    dumped = mesh.locks.dump()
+    mesh.locks.load({**dumped, "requests": [row[:16] for row in dumped["requests"]]})
+    assert [r.task for r in mesh.locks.view("a")[1]] == ["t2"]
+    assert promises(mesh) == []
 
 
 # Whose it is ---------------------------------------------------------------------------------------
@@ -460,6 +625,7 @@ class LockMachine(RuleBasedStateMachine):
         self.model = Model()
         self.highest: dict[str, int] = {}
         self.claims = dict.fromkeys(TASKS, 1)
+        self.promised: dict[tuple[str, str], int] = {}
         self.asked = 0
 
     def decide(self, act: Callable[[], Sequence[Event]]) -> list[Event]:
@@ -475,13 +641,17 @@ class LockMachine(RuleBasedStateMachine):
     def follow(self, event: Event) -> None:
         """Law 4, and law 3 by the numbers of those who still wait."""
         told = changes([event])
+        if told and told[0][2] == "promised":
+            self.promised[told[0][:2]] = len(self.mesh.log)
+        elif told and told[0][2] in ("recalled", "freed", "lost"):
+            self.promised.pop(told[0][:2], None)
         if not told or told[0][2] not in ("granted", "moved"):
             return
         request = self.mesh.locks.find(told[0][0], told[0][1])
         assert request is not None
         if not request.held:
             return
-        number = len(self.mesh.log)
+        number = self.promised.pop((request.agent, request.request), len(self.mesh.log))
         for name in request.names:
             outer = {h.token for h in self.mesh.locks.view(name)[0] if h is not request and h.task in request.chain}
             assert request.token == number or request.token in outer, "law 4"
@@ -563,7 +733,25 @@ class LockMachine(RuleBasedStateMachine):
                 self.claims[entry.ask.task] += 1
                 entry.ask = dataclasses.replace(entry.ask, claim=self.claims[entry.ask.task], replica="r3")
             events = self.decide(lambda: locks.request(entry.ask, ancestors=ancestors(entry.ask.task)))
-            assert [event[0] for event in events] == (["lock.moved"] if how == "takeover" else [])
+            moved = [event[0] for event in events if event[0] != "lock.recalled"]
+            assert moved == (["lock.moved"] if how == "takeover" else [])
+
+    @precondition(lambda self: self.promised)
+    @rule(data=st.data())
+    def hand_on(self, data: st.DataObject) -> None:
+        """A replica acts on what it was promised before anybody heard that the one before let go."""
+        key = data.draw(st.sampled_from(sorted(self.promised)))
+        token, name = self.promised[key], self.model.entries[key].ask.names[0]
+        assert self.decide(lambda: self.mesh.locks.handed(*key, token + 1)) == []
+        before = {(r.agent, r.request) for r in self.mesh.locks.view(name)[0]}
+        before |= {other for other in self.promised if self.promised[other] < token and self.named(other) == name}
+        self.after(self.decide(lambda: self.mesh.locks.handed(*key, token)), freed=before, direct=set())
+        found = self.mesh.locks.find(*key)
+        assert found is not None
+        assert (found.held, found.token) == (True, token), "law 9"
+
+    def named(self, key: tuple[str, str]) -> str:
+        return self.model.entries[key].ask.names[0]
 
     @rule(
         who=st.sampled_from(
@@ -612,6 +800,20 @@ class LockMachine(RuleBasedStateMachine):
             holders, waiting = self.mesh.locks.view(name)
             assert {r.request for r in holders} == {e.ask.request for e in self.model.holders(name)}, "law 2"
             assert [r.number for r in waiting] == sorted(r.number for r in waiting), "law 3"
+
+    @invariant()
+    def what_is_promised_comes_next(self) -> None:
+        known = {(r.agent, r.request): r.promised for r in self.live() if r.promised}
+        assert known == self.promised, "law 9"
+        for name in NAMES:
+            holders, waiting = self.mesh.locks.view(name)
+            line = [r for r in waiting if r.promised]
+            assert waiting[: len(line)] == line, "law 9"
+            assert [r.promised for r in line] == sorted(r.promised for r in line), "law 9"
+            for r in line:
+                (holder,) = holders
+                assert (r.agent, r.replica, r.names, r.exclusive) == (holder.agent, holder.replica, (name,), True)
+                assert holder.token < r.promised, "law 9"
 
     @invariant()
     def the_folds_agree(self) -> None:

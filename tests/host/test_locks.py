@@ -240,10 +240,10 @@ async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
     agent = weft.Agent(unique("again"))
     send_back, lost = Session._send_back, list[str]()
 
-    def lose(self: Session, request: str, body: dict[str, Any]) -> None:
+    def lose(self: Session, request: str, body: dict[str, Any], **options: Any) -> None:
         lost.append(request)
         if len(lost) > 1:
-            send_back(self, request, body)
+            send_back(self, request, body, **options)
 
     monkeypatch.setattr(Session, "_send_back", lose)
 
@@ -461,12 +461,12 @@ async def test_others_get_the_lock_of_a_killed_holder_when_its_lease_ends(
 async def test_locks_outlive_the_coordinator_and_nobody_waits_in_vain(fresh_mesh: BrokerMesh) -> None:
     """Held and waited for while it is killed, asked for while there is none: another one knows it all."""
     log = Log()
-    agent = holder("holder", log)
-    async with running(fresh_mesh, agent), client(fresh_mesh) as caller:
+    agent, other = holder("holder", log), holder("other", log)
+    async with running(fresh_mesh, agent, other), client(fresh_mesh) as caller:
         async with coordinator_process(fresh_mesh) as first:
             await caller.submit("holder", {"who": "one", "names": ["kept"]})
             await eventually(lambda: log.held() == ["one"])
-            await caller.submit("holder", {"who": "two", "names": ["kept"]})
+            await caller.submit("other", {"who": "two", "names": ["kept"]})
             operator = await fresh_mesh.connect("operator")
             await eventually(lambda: waiters(operator, "kept"))
             first.kill()

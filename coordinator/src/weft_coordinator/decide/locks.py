@@ -10,12 +10,13 @@ In short::
     events = locks.force(name, task=None, reason=)      # an operator takes it away
     events = locks.deny(agent, request, reason)         # a waiting one gives way in a deadlock
     events = locks.overtake(agent, request)             # grant it before its turn, if its holders allow it
+    events = locks.handed(agent, request, token)        # what it was promised it has
     events = locks.chosen(task); locks.victims(task)    # how often a task gave way
     locks.find(agent, request) -> Request | None        # .held, .token, .since, ...
     locks.ahead(request); locks.session(agent, replica); locks.of_task(task); locks.waiting()
     locks.names(); locks.view(name); locks.sessions()
     names_of(value)                                     # checks the names of a request as they came over the wire
-    changes(events) -> [(agent, request, "waiting"|"granted"|"moved"|"freed"|"lost", why, reason)]
+    changes(events) -> [(agent, request, "waiting"|"granted"|"promised"|…, why, reason)]
 
 Decisions return events and change nothing; `apply` folds them. **One decision at a time**: fold a decision's events
 before asking for the next. A release, and every grant it makes possible, is one decision.
@@ -32,6 +33,10 @@ The rules:
 - A re-entrant request does not wait for holders among its task and its task's ancestors, nor for the queue behind
   them, if what they hold covers its mode. It acts under their token when that is one for all its names, so that the
   holder is not fenced out by what it asked for; otherwise it has its own.
+- Where the holder of one name and those first in its queue are of one replica, what comes next is promised: each of
+  them has its token already and is granted the name once the one before lets go, which its replica need not wait to be
+  told. Nothing else is granted in between; where it has to be, or a newer claim takes one of them over, what was
+  promised is recalled in the same decision.
 - A task holds or awaits a name once, other than by re-entry. What an older claim of the task left behind gives way.
 """
 
@@ -56,6 +61,8 @@ from weft_coordinator.decide.requests import (
     LOST,
     MOVED,
     NEW,
+    PROMISED,
+    RECALLED,
     TAKEN,
     WAITING,
     Ask,
@@ -68,11 +75,14 @@ from weft_protocols.errors import Fenced, InvalidParams
 
 __all__ = ["Ask", "Locks", "Request", "changes", "names_of"]
 
+PROMISES: Final = 64
+"""How many of one queue are promised the name at a time."""
+
 
 class _Name:
     """One lock. The queues may contain requests that do not wait any more, but not as their first."""
 
-    __slots__ = ("chained", "exclusive", "holders", "shared", "waiting", "writers")
+    __slots__ = ("chained", "exclusive", "holders", "promised", "shared", "waiting", "writers")
 
     def __init__(self) -> None:
         self.holders: dict[Request, None] = {}
@@ -84,6 +94,8 @@ class _Name:
         self.waiting = 0
         self.chained = 0
         """Re-entrant ones among those that wait."""
+        self.promised = 0
+        """Those that wait and are promised the name: the first ones of the exclusive queue."""
 
 
 def _first(queue: deque[Request] | None) -> Request | None:
@@ -97,7 +109,7 @@ def _first(queue: deque[Request] | None) -> Request | None:
 class Locks:
     """The ledger of all locks."""
 
-    kinds: Final = frozenset({ASKED, TAKEN, GRANTED, MOVED, FREED, LOST, CHOSEN, CLOSED})
+    kinds: Final = frozenset({ASKED, TAKEN, GRANTED, PROMISED, RECALLED, MOVED, FREED, LOST, CHOSEN, CLOSED})
 
     def __init__(self) -> None:
         self.load(None)
@@ -284,6 +296,15 @@ class Locks:
             return []
         return self._free([], first=found)
 
+    def handed(self, agent: str, request: str, token: int) -> list[Event]:
+        """It is known to act under the token it was promised: whoever was before it has let go. Else nothing."""
+        found = self.find(agent, request)
+        if found is None or not token or found.promised != token:
+            return []
+        lock = self._names[found.names[0]]
+        before = [*lock.holders, *(r for r in _promised(lock) if r.promised < token)]
+        return self._free([(r, (FREED, r.agent, r.request, "released")) for r in before])
+
     def may_overtake(self, request: Request) -> bool:
         """Whether a request waits for its turn only: no holder is in its way."""
         locks = [self._names[name] for name in request.names] if request.waits else []
@@ -307,7 +328,8 @@ class Locks:
             )
         if ask.claim == known.claim and ask.replica == known.replica:
             return []
-        return [(MOVED, ask.agent, ask.request, ask.replica, ask.claim)]
+        void = known.names if known.held or known.promised else ()
+        return [(MOVED, ask.agent, ask.request, ask.replica, ask.claim), *self._recalls(void)]
 
     def _others(self, ask: Ask, chain: tuple[str, ...], known: Request | None) -> list[Request]:
         """Requests of older claims of the task that the new one replaces; refuses what would wait for itself."""
@@ -365,9 +387,20 @@ class Locks:
                 taken[done:] = sorted(taken[done:], key=_number)
             self._reenter([*touched, *(name for r in taken for name in r.names)], taken)
             events += [(GRANTED, r.agent, r.request) for r in taken]
+            between = [name for r in taken if not r.promised for name in r.names]
+            queued = None
             if new is not None:
-                events.append((TAKEN if self._clear(new) else ASKED, *new.fields()))
-            return events
+                clear = self._clear(new)
+                events.append((TAKEN if clear else ASKED, *new.fields()))
+                if clear:
+                    between += new.names
+                else:
+                    queued = new
+            recalled = self._recalls(between)
+            if not recalled:
+                touched += [name for r in taken for name in r.names]
+                recalled = self._promises(dict.fromkeys((*touched, *(queued.names if queued else ()))), queued)
+            return events + recalled
         finally:
             for r in reversed(taken):
                 self._leave(r)
@@ -376,6 +409,34 @@ class Locks:
                 if state == HELD:
                     self._hold(r)
                 r.state = state
+
+    def _recalls(self, names: Iterable[str]) -> list[Event]:
+        """What is promised of these names does not hold any more."""
+        locks = [self._names[name] for name in dict.fromkeys(names) if name in self._names]
+        return [(RECALLED, r.agent, r.request) for lock in locks if lock.promised for r in _promised(lock)]
+
+    def _promises(self, names: Iterable[str], new: Request | None) -> list[Event]:
+        """Promise these names to those who are next and of their holder's replica; `new` is the last one that waits."""
+        events: list[Event] = []
+        for name in names:
+            lock = self._names.get(name)
+            last = next(iter(lock.holders), None) if lock is not None else None
+            if lock is None or last is None or len(lock.holders) > 1 or not last.exclusive or last.chain:
+                continue
+            reader = _first(lock.shared)
+            line = list(islice((r for r in lock.exclusive or () if r.state == WAITING), PROMISES))
+            if reader is not None:
+                line = [r for r in line if r.number < reader.number]
+            elif new is not None and name in new.names and len(line) < PROMISES:
+                line.append(new)
+            session = (last.agent, last.replica)
+            for r in line:
+                if not r.promised:
+                    if not r.exclusive or r.chain or len(r.names) > 1 or (r.agent, r.replica) != session:
+                        break
+                    events.append((PROMISED, r.agent, r.request, last.request))
+                last = r
+        return events
 
     def _promote(self, lock: _Name, taken: list[Request]) -> None:
         """Grant what is first in the queue of a lock and can be granted everywhere, but for re-entrant requests."""
@@ -449,6 +510,13 @@ class Locks:
                 self._change(found, event, number=number, at=at)
 
     def _change(self, request: Request, event: Event, *, number: int, at: int) -> None:
+        if event[0] == PROMISED:
+            request.promised, request.after = number, event[3]
+            self._names[request.names[0]].promised += 1
+            return
+        if event[0] == RECALLED:
+            self._unpromise(request)
+            return
         if event[0] == MOVED:
             self._forget(self._sessions, (request.agent, request.replica), request)
             request.replica, request.claim = event[3], event[4]
@@ -463,6 +531,7 @@ class Locks:
             self._leave(request)
             self._remove(request)
         if waited:
+            self._unpromise(request)
             self._dequeue(request)
         if request.state == GONE:
             for name in request.names:
@@ -479,15 +548,20 @@ class Locks:
         self._hold(request)
 
     def _token(self, request: Request, number: int) -> int:
-        """The token of what it re-enters if that is one for all names, else `number`."""
+        """What it was promised; of what it re-enters, if that is one for all names; else `number`."""
         if not request.chain:
-            return number
+            return request.promised or number
         tokens: set[int] = set()
         for name in request.names:
             lock = self._names[name]
             outer = [r for r in lock.holders if r is not request and _covers(r, request)]
             tokens.update([r.token for r in outer] or [number])
         return tokens.pop() if len(tokens) == 1 else number
+
+    def _unpromise(self, request: Request) -> None:
+        if request.promised:
+            request.promised, request.after = 0, ""
+            self._names[request.names[0]].promised -= 1
 
     def _hold(self, request: Request) -> None:
         request.state = HELD
@@ -578,7 +652,7 @@ class Locks:
     def dump(self) -> Any:
         """Everything, as msgpack values."""
         rows = [
-            [*r.fields(), r.number, r.asked, r.since, r.token]
+            [*r.fields(), r.number, r.asked, r.since, r.token, r.promised, r.after]
             for requests in self._requests.values()
             for r in requests.values()
         ]
@@ -593,11 +667,13 @@ class Locks:
         self._sessions: dict[tuple[str, str], dict[Request, None]] = {}
         self._victims: Counter[str] = Counter((dumped or {}).get("victims", {}))
         for row in (dumped or {}).get("requests", ()):
-            number, asked, since, token = row[12:16]
+            number, asked, since, token, *promise = row[12:]
             request = Request(row[:12], number=number, at=asked)
             self._insert(request)
             if not token:
                 self._enqueue(request)
+                request.promised, request.after = promise or (0, "")  # version 0.1 promised nothing
+                self._names[request.names[0]].promised += request.promised > 0
                 continue
             request.token, request.since = token, since
             for name in request.names:
@@ -635,6 +711,15 @@ def _queue(lock: _Name) -> list[Request]:
     waiting = [r for queue in (lock.exclusive, lock.shared) for r in queue or () if r.state == WAITING]
     waiting.sort(key=_number)
     return waiting
+
+
+def _promised(lock: _Name) -> Iterator[Request]:
+    """Who is promised the lock, the next one first."""
+    for r in lock.exclusive or ():
+        if r.state == WAITING:
+            if not r.promised:
+                return
+            yield r
 
 
 def _later(lock: _Name, number: int) -> bool:

@@ -19,6 +19,10 @@ TAKEN: Final = "lock.taken"
 """The same fields: granted at once."""
 GRANTED: Final = "lock.granted"
 """(kind, agent, request): it waited."""
+PROMISED: Final = "lock.promised"
+"""(kind, agent, request, after): next once the request `after` of its replica lets go; the number will be its token."""
+RECALLED: Final = "lock.recalled"
+"""(kind, agent, request): what was promised does not hold any more; it waits on."""
 MOVED: Final = "lock.moved"
 """(kind, agent, request, replica, claim): a newer claim took it over; if held, the number is its new token."""
 FREED: Final = "lock.freed"
@@ -60,8 +64,8 @@ class Request:
     """A request that holds or waits. Read it; only the ledger changes it."""
 
     __slots__ = (
-        "agent", "asked", "chain", "claim", "created", "exclusive", "lease", "names", "number",
-        "priority", "replica", "request", "since", "state", "task", "token", "work",
+        "after", "agent", "asked", "chain", "claim", "created", "exclusive", "lease", "names", "number",
+        "priority", "promised", "replica", "request", "since", "state", "task", "token", "work",
     )  # fmt: skip
 
     def __init__(self, fields: Sequence[Any], *, number: int = NEW, at: int = 0) -> None:
@@ -82,6 +86,10 @@ class Request:
         """When it was granted, unix ms; 0 while it waits."""
         self.token = 0
         """The fencing token; 0 while it waits."""
+        self.promised = 0
+        """The token it will have; 0 where nothing is promised, and once it holds."""
+        self.after = ""
+        """The request of the same replica that has to let go first, where it is promised."""
         self.state = WAITING
 
     @property
@@ -111,7 +119,8 @@ class Request:
 
 
 Change = tuple[str, str, str, str, str]
-"""(agent, request, what, why, reason): what is `waiting`, `granted`, `moved`, `freed` or `lost`."""
+"""(agent, request, what, why, reason): what is `waiting`, `granted`, `promised`, `recalled`, `moved`, `freed` or
+`lost`."""
 
 
 def changes(events: Iterable[Event]) -> list[Change]:
@@ -123,8 +132,8 @@ def changes(events: Iterable[Event]) -> list[Change]:
             told.append((event[1], event[4], "waiting" if kind == ASKED else "granted", "", ""))
         elif kind == GRANTED:
             told.append((event[1], event[2], "granted", "", ""))
-        elif kind == MOVED:
-            told.append((event[1], event[2], "moved", "", ""))
+        elif kind in (PROMISED, RECALLED, MOVED):
+            told.append((event[1], event[2], kind.removeprefix("lock."), "", ""))
         elif kind == FREED:
             told.append((event[1], event[2], "freed", event[3], ""))
         elif kind == LOST:

@@ -147,14 +147,14 @@ class LockPart(Part):
         *,
         answer: Answer | None = None,
         told: Callable[[list[Event]], dict[str, Any]] | None = None,
-        asked: str = "",
+        asked: Sequence[str] = (),
     ) -> list[Event]:
         """Decide at once; whom it concerns is told, and the answer given, once it is stored.
 
         Args:
             act: Gives the events of one decision.
             answer: Gets what `told` says of the events, or why they were not stored.
-            asked: The request that is answered, which is not told besides.
+            asked: Requests whose replica knows of it by the answer, and is not told besides.
 
         Raises Unavailable, and what `act` raises.
         """
@@ -188,14 +188,20 @@ class LockPart(Part):
             stored.add_done_callback(settled)
         return events
 
-    def _push(self, what: str, reason: str, request: Request, asked: str) -> tuple[Key, dict[str, Any]] | None:
+    def _push(
+        self, what: str, reason: str, request: Request, asked: Sequence[str]
+    ) -> tuple[Key, dict[str, Any]] | None:
         """What the replica of a request is told of a change."""
-        if what not in ("waiting", "moved"):
+        if what not in ("waiting", "promised", "recalled", "moved"):
             self._detector.settled(request)
         key = (request.agent, request.replica)
         data = {"request": request.request, "task": request.task, "claim": request.claim}
-        if what == "granted" and request.request != asked:
+        if what == "granted" and request.request not in asked:
             return key, {**data, "state": "granted", "token": request.token, "lease": _lease(request)}
+        if what == "promised" and request.request not in asked:
+            return key, {**data, "state": "promised", **_promise(request)}
+        if what == "recalled":
+            return key, {**data, "state": "recalled"}
         if what in ("expired", "forced"):
             why = f"the operator released it: {reason}" if what == "forced" else "its lease ended"
             return key, {**data, "state": "lost", "reason": why}
@@ -241,9 +247,12 @@ class LockPart(Part):
                 return {"state": "granted", "token": request.token, "lease": lease}
             if request is not None:
                 waiting.append(request)
-            return {"state": "waiting", "ahead": self._locks.ahead(request) if request is not None else 0}
+                return {"state": "waiting", "ahead": self._locks.ahead(request), **_promise(request)}
+            return {"state": "waiting", "ahead": 0}
 
-        self.decide(lambda: self._locks.request(ask, ancestors=ancestors), answer=answer, told=told, asked=ask.request)
+        self.decide(
+            lambda: self._locks.request(ask, ancestors=ancestors), answer=answer, told=told, asked=[ask.request]
+        )
         self._heard(key, lease)
         for request in waiting:
             if once:
@@ -252,18 +261,24 @@ class LockPart(Part):
                 self._detector.queued(request)
 
     def _unlock(self, body: Body, caller: str, answer: Answer) -> None:
+        """Give a request back; `to` are those to which its replica handed on what they were promised."""
         fields = Fields(body)
-        request, claim = fields.text("request"), fields.number("claim")
+        request, claim, token = fields.text("request"), fields.number("claim"), fields.number("token", default=0)
         fields.check("unlock")
+        to = _texts(body, "to")
         looked = self._looking.pop((caller, request), None) is not None
         known = self._locks.find(caller, request)
         if known is not None and claim >= known.claim:
             self._heard((caller, known.replica), _lease(known))
-        self.decide(
-            lambda: self._locks.release(caller, request, claim=claim),
-            answer=answer,
-            told=lambda events: {"released": bool(events) or looked},
-        )
+            if token and known.promised == token:  # what was to say that those before let go got lost
+                self.decide(lambda: self._locks.handed(caller, request, token))
+
+        def told(events: list[Event]) -> dict[str, Any]:
+            released = {"released": bool(events) or looked}
+            refused = [one for one in to if (r := self._locks.find(caller, one)) is None or not r.held]
+            return {**released, "refused": refused} if refused else released
+
+        self.decide(lambda: self._locks.release(caller, request, claim=claim), answer=answer, told=told, asked=to)
 
     def _session(self, body: Body, caller: str, answer: Answer) -> None:
         """What of a replica's belief is true. What it does not name any more, it has given back."""
@@ -284,7 +299,7 @@ class LockPart(Part):
         own = [known[name] for name in named if name in known]
         told = {
             "held": {r.request: {"token": r.token, "lease": _lease(r)} for r in own if r.held},
-            "waiting": {r.request: {} for r in own if not r.held},
+            "waiting": {r.request: _promise(r) for r in own if not r.held},
             "lost": [name for name in named if name not in known and (caller, name) not in self._looking],
             "resync": resync,
             "lease": LEASE,
@@ -299,6 +314,8 @@ class LockPart(Part):
         name, agent, task = fields.text("name"), fields.text("agent"), fields.text("task")
         token = fields.number("token")
         fields.check("lock-check")
+        for r in [r for r in self._locks.of_task(task) if r.agent == agent and r.names == (name,)]:
+            self.decide(lambda r=r: self._locks.handed(agent, r.request, token))  # type: ignore[misc]
 
         def told(_: list[Event]) -> dict[str, Any]:
             holders, _waiters = self._locks.view(name)
@@ -446,6 +463,11 @@ def _texts(body: Body, name: str) -> list[str]:
 def _lease(request: Request) -> float:
     """Seconds of a request's lease."""
     return request.lease or LEASE
+
+
+def _promise(request: Request) -> dict[str, Any]:
+    """What its replica is told of a request that is promised its lock."""
+    return {"promised": request.promised, "after": request.after} if request.promised else {}
 
 
 def _one(request: Request) -> dict[str, Any]:

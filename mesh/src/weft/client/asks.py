@@ -39,14 +39,21 @@ class Asks:
         self._caller = caller
         self._open: list[tuple[str, Mapping[str, Any], Told]] = []
         self._flushing: asyncio.Handle | None = None
+        self._unanswered = 0
+        """Messages on their way."""
 
-    def ask(self, operation: str, body: Mapping[str, Any], then: Told) -> None:
-        """Ask together with what else is asked in this turn of the loop; `then` gets the answer."""
+    def ask(self, operation: str, body: Mapping[str, Any], then: Told, *, patient: bool = False) -> None:
+        """Ask together with what else is asked in this turn of the loop; `then` gets the answer.
+
+        A `patient` question nobody waits for: it goes with the next one, at the latest when no message is on its way.
+        """
         self._open.append((operation, body, then))
-        if self._flushing is None:
-            self._flushing = asyncio.get_running_loop().call_soon(self.flush)
+        if not (patient and self._unanswered):
+            self._flush_soon()
 
-    async def call(self, operation: str, body: Mapping[str, Any], *, timeout: float) -> Mapping[str, Any]:
+    async def call(
+        self, operation: str, body: Mapping[str, Any], *, timeout: float, patient: bool = False
+    ) -> Mapping[str, Any]:
         """Ask, and wait for the answer; raises what `coordinator.call` raises. Who leaves has asked all the same."""
         told: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
 
@@ -58,12 +65,16 @@ class Asks:
             else:
                 told.set_result(answer)
 
-        self.ask(operation, body, then)
+        self.ask(operation, body, then, patient=patient)
         try:
             async with asyncio.timeout(timeout):
                 return await told
         except TimeoutError:
             raise Unavailable(f"{operation} got no answer within {timeout:g} s; see: mesh ps") from None
+
+    def _flush_soon(self) -> None:
+        if self._flushing is None:
+            self._flushing = asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Send what was asked now: what is sent after this arrives after it."""
@@ -82,9 +93,13 @@ class Asks:
         thens = [then for *_, then in asked]
 
         def answered(data: bytes, headers: bytes | None, error: WeftError | None) -> None:
+            self._unanswered -= 1
+            if self._open and not self._unanswered:
+                self._flush_soon()
             for then, answer in zip(thens, _answers(operation, len(thens), data, headers, error), strict=True):
                 then(answer)
 
+        self._unanswered += 1
         try:
             self._broker.publish_then(subjects.coord(operation, self._caller), json.dumps(body).encode(), then=answered)
         except BrokerError as error:

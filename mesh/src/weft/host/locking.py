@@ -57,6 +57,9 @@ class Lock:
         """Claim under which it was asked for."""
         self.granted = 0
         """The fencing token, 0 while it is not held."""
+        self.promised = 0
+        """The token it will have once `after`, a request of this replica, is given back; 0 where that is not known."""
+        self.after = ""
         self.confirmed = 0.0
         """When the request was sent by whose answer the lease is known to run (monotonic)."""
         self.outcome: asyncio.Future[bool] | None = None

@@ -235,6 +235,8 @@ class Run:
     """Sequence of the claim with which this attempt began; it may renew it."""
     locks: list[Holding] = field(default_factory=list)
     """Locks in whose blocks it is."""
+    enters: bool = False
+    """Whether it ever asked for a lock to be let in where it holds it, or who delegated it."""
     barred: str = ""
     """Why it must not begin."""
     stop: Stop | None = None

@@ -10,14 +10,14 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
 
 from weft.client.asks import Asks
 from weft.core.broker import Delivered
-from weft.host.locking import Lock
+from weft.host.locking import EXCLUSIVE, Lock
 from weft.host.owner import Owner
 from weft.host.run import Run
 from weft.host.turn import Queue
@@ -49,6 +49,9 @@ SOON: Final = 1.0
 """Seconds until the next session request after one without an answer."""
 TELL_AFTER: Final = 0.02
 """Seconds a wait lasts before it is told, where its task holds no lock: most children answer sooner."""
+FRESH: Final = 1.0
+"""Seconds since the coordinator was heard of in which what it promised is acted on: less than any replica is given
+up in, so that nobody else was granted the lock meanwhile."""
 LOCK: Final = "lock"
 TOLD: Final = frozenset(("child", "order", LOCK))
 """Kinds of waits that can be part of a deadlock. What waits for an answer or a time is not stuck."""
@@ -67,6 +70,14 @@ class Session:
         self._held: dict[str, Lock] = {}
         self._giving: dict[str, dict[str, Any]] = {}
         """Requests that were given back and not confirmed yet, with the question that says so."""
+        self._next: dict[_Key, Lock] = {}
+        """Who is promised a lock once it is given back here, by (request, name)."""
+        self._users: dict[str, set[str]] = {}
+        """Requests here that hold or await a name."""
+        self._confirmed = 0.0
+        """When that was sent to which the coordinator answered last (monotonic)."""
+        self._doubtful = False
+        """Whether it may not have heard of something that was given back."""
         self._waits: dict[_Key, tuple[Waits, Wait]] = {}
         """Waits the coordinator was told of, by task and wait."""
         self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
@@ -88,7 +99,10 @@ class Session:
         """
         run = lock.run
         lock.claim = run.claimed
+        run.enters |= lock.reentrant
         self._asked[lock.request] = lock
+        for name in lock.names:
+            self._users.setdefault(name, set()).add(lock.request)
         try:
             with run.waits.open("lock", lock.names, key=lock.request):
                 await self._wait(lock)
@@ -135,11 +149,13 @@ class Session:
 
     async def _ask(self, lock: Lock, timeout: float) -> bool:
         """Ask for a lock once. Whether it was granted; where it is not, `outcome` is there if it is waited for."""
+        if self._doubtful:
+            self._send_back_of(lock.run.task_id)  # or it would be in its own way
         body = self._body(lock)
         lock.outcome = asyncio.get_running_loop().create_future()
         sent = time.monotonic()
         try:
-            answer = await self._asks.call("lock", body, timeout=timeout)
+            answer = await self._asks.call("lock", body, timeout=timeout, patient=self._queues(lock))
         except InvalidParams:
             lock.outcome = None
             if not self._send_back_of(lock.run.task_id):
@@ -152,12 +168,20 @@ class Session:
                 log.warning("task %s waits for lock %s: %s; it is tried on", lock.run.task_id, lock, error)
             return False
         self._alone = False
+        self._confirmed = max(self._confirmed, sent)
         if answer.get("state") == "granted":
             lock.grant(int(answer["token"]), float(answer.get("lease") or lock.lease), sent)
             return True
         lock.confirmed = max(lock.confirmed, sent)
+        self._promise(lock, answer)
         self._schedule()
         return lock.granted > 0
+
+    def _queues(self, lock: Lock) -> bool:
+        """Whether a lock cannot be granted before this replica gives it back, so that the question can wait."""
+        if lock.mode != EXCLUSIVE or lock.reentrant or lock.wait == 0:
+            return False
+        return any(len(self._users.get(name, ())) > 1 for name in lock.names)
 
     def _body(self, lock: Lock) -> dict[str, Any]:
         run = lock.run
@@ -181,14 +205,59 @@ class Session:
 
     def release(self, lock: Lock) -> None:
         """Give a lock back, or take back a request for it. It is repeated until the coordinator has heard it."""
-        self._held.pop(lock.request, None)
+        for name in lock.names:
+            users = self._users.get(name, set())
+            users.discard(lock.request)
+            if not users:
+                self._users.pop(name, None)
         self._asked.pop(lock.request, None)
+        to = self._hand_on(lock) if self._held.pop(lock.request, None) is lock else []
+        self._unpromise(lock)
         lock.gone = lock.gone or "it was given back"
-        self._give(lock.request, lock.run.task_id, lock.claim)
+        self._give(lock.request, lock.run.task_id, lock.claim, token=lock.granted, to=to)
 
-    def _give(self, request: str, task_id: str, claim: int) -> None:
-        body = self._giving[request] = {"task": task_id, "request": request, "claim": claim}
-        self._send_back(request, body)
+    def _give(self, request: str, task_id: str, claim: int, *, token: int = 0, to: Sequence[str] = ()) -> None:
+        body = {"task": task_id, "request": request, "claim": claim, "token": token, "to": to}
+        self._giving[request] = body
+        self._send_back(request, body, patient=bool(to))
+
+    # What was promised -------------------------------------------------------------------------
+
+    def _promise(self, lock: Lock, told: Mapping[str, Any]) -> None:
+        """What the coordinator says a request that waits is promised, if anything."""
+        token, after = int(told.get("promised", 0)), str(told.get("after", ""))
+        if lock.granted or lock.gone or (token, after) == (lock.promised, lock.after):
+            return
+        self._unpromise(lock)
+        if token and (after in self._held or after in self._asked):
+            lock.promised, lock.after = token, after
+            self._next[after, lock.names[0]] = lock
+
+    def _unpromise(self, lock: Lock) -> None:
+        if lock.promised:
+            key = (lock.after, lock.names[0])
+            if self._next.get(key) is lock:
+                del self._next[key]
+            lock.promised, lock.after = 0, ""
+
+    def _hand_on(self, lock: Lock) -> list[str]:
+        """Give a lock to those here to whom the coordinator promised it; their requests.
+
+        Not where the coordinator may have let somebody else in: a task that this one delegated, or, since it was
+        heard of last, another replica.
+        """
+        run = lock.run
+        line = [found for name in lock.names if (found := self._next.pop((lock.request, name), None)) is not None]
+        if not line or lock.lost or lock.mode != EXCLUSIVE or run.enters or run.children or run.claim.attempt > 1:
+            return []
+        if time.monotonic() - self._confirmed > FRESH:
+            return []
+        to: list[str] = []
+        for one in line:
+            if one.request in self._asked and one.outcome is not None and not one.outcome.done() and self._known(one):
+                one.grant(one.promised, one.lease, self._confirmed)
+                to.append(one.request)
+        return to
 
     def _send_back_of(self, task_id: str) -> bool:
         """Say again what a task gave back and nobody confirmed; whether there was anything."""
@@ -197,14 +266,24 @@ class Session:
             self._send_back(request, body)
         return bool(unheard)
 
-    def _send_back(self, request: str, body: dict[str, Any]) -> None:
-        def then(answer: Mapping[str, Any] | WeftError) -> None:
-            if not isinstance(answer, WeftError) and self._giving.get(request) is body:
-                del self._giving[request]
-            else:
-                self._schedule()
+    def _send_back(self, request: str, body: dict[str, Any], *, patient: bool = False) -> None:
+        sent = time.monotonic()
 
-        self._asks.ask("unlock", body, then)
+        def then(answer: Mapping[str, Any] | WeftError) -> None:
+            if isinstance(answer, WeftError):
+                self._doubtful = True
+                self._schedule()
+                return
+            if answer.get("released") is True:
+                self._confirmed = max(self._confirmed, sent)
+            for refused in answer.get("refused", ()):
+                if (lock := self._held.get(refused) or self._asked.get(refused)) is not None and lock.granted:
+                    lock.take_away("the coordinator did not grant what it had promised")
+            if self._giving.get(request) is body:
+                del self._giving[request]
+            self._doubtful = self._doubtful and bool(self._giving)
+
+        self._asks.ask("unlock", body, then, patient=patient)
 
     def end(self, run: Run) -> None:
         """A task is not worked on here any more: nothing is held or waited for in its name."""
@@ -251,8 +330,18 @@ class Session:
             error = DeadlockError(cycle=_cycle(told["cycle"]), lasting=told.get("lasting") is True)
             lock.outcome.set_exception(error)
             lock.outcome.exception()
+        elif state == "promised":
+            self._promise(lock, told)
+        elif state == "recalled":
+            self._recalled(lock)
         elif state == "lost":
             self._lost(lock, str(told.get("reason", "")))
+
+    def _recalled(self, lock: Lock) -> None:
+        """What the coordinator promised does not hold any more; nor does what was made of it."""
+        if lock.granted:
+            lock.take_away("it was granted to a later attempt of the task before")
+        self._unpromise(lock)
 
     def _lost(self, lock: Lock, reason: str) -> None:
         """The coordinator does not have a lock (any more): a wait is begun anew, a holder told at its next use."""
@@ -336,6 +425,7 @@ class Session:
     def _on_session(
         self, told: Mapping[str, Any], *, held: Mapping[str, Lock], asked: Mapping[str, Lock], sent: float
     ) -> None:
+        self._confirmed = max(self._confirmed, sent)
         for request, one in told["held"].items():
             lock = held.get(request) or asked.get(request)
             if lock is None or lock.gone:
@@ -344,9 +434,12 @@ class Session:
                 lock.grant(int(one["token"]), float(one.get("lease") or lock.lease), sent)
             else:
                 lock.take_away("it was granted to a later attempt")
-        for request in told["waiting"]:
+        for request, one in told["waiting"].items():
             if request in asked:
                 asked[request].confirmed = sent
+                self._promise(asked[request], one)
+            elif request in held and one.get("promised") != held[request].granted:
+                self._recalled(held[request])
         for request in told["lost"]:
             lock = held.get(request)
             if lock is not None and not lock.gone:

@@ -228,9 +228,9 @@ class _Replay:
         before = len(self.locks.passed)
         self.locks.take(number, event)
         self._report.moved += event[0] == "lock.moved"
-        if len(self.locks.passed) == before:
+        passing = self.locks.granted
+        if len(self.locks.passed) == before or passing is None:
             return
-        passing = self.locks.grants[number]
         passed = [
             other
             for other in self.locks.known.values()
@@ -365,7 +365,7 @@ def _cancelled(tasks: Mapping[str, Story], grace: float, report: Report) -> Iter
 def _uses(uses: Iterable[Use], locks: Checked, tasks: Mapping[str, Story], report: Report) -> Iterable[str]:
     last: dict[str, int] = defaultdict(int)
     for use in uses:
-        grant = locks.grants.get(use.token)
+        grant = locks.grants.get(use.token) or locks.promises.get(use.token)
         chain, story = [use.task], tasks.get(use.task)
         while story is not None and story.parent and story.parent not in chain:
             chain.append(story.parent)

@@ -4,6 +4,7 @@
 2. Who asked first is served first: no grant passes an earlier request for the name that excludes it.
 3. A later grant of a name has a greater token, and a request that is taken over gets a greater one as well.
 4. Whoever holds or waits was asked for and not ended before.
+5. Whoever is promised a name is the next to hold it, with the token it was promised, unless that is recalled.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ async def decided(broker: Broker) -> list[Numbered]:
     return [event for commit in await commits(broker) for event in commit.numbered()]
 
 
+_OF_ONE = frozenset(f"lock.{what}" for what in ("granted", "promised", "recalled", "moved", "freed", "lost"))
+"""Kinds of events of a request that is known."""
+
+
 @dataclass(slots=True)
 class Request:
     """A request that holds or waits."""
@@ -71,6 +76,10 @@ class Request:
     asked: int
     token: int = 0
     """0 while it waits."""
+    promised: int = 0
+    """The token it will have."""
+    void: bool = False
+    """Whether what it was promised has to be recalled before it is granted."""
 
     def enters(self, other: Request) -> bool:
         """Whether it may re-enter what the other one's task holds."""
@@ -105,13 +114,19 @@ class Checked:
         """What holds or waits now."""
         self.grants: dict[int, Request] = {}
         """Every grant by its token."""
+        self.promises: dict[int, Request] = {}
+        """Every promise by its token; whoever dies under it may have no grant in the log."""
+        self.granted: Request | None = None
+        """The last one that was granted something."""
         self._last: dict[str, int] = {}
+        self._lines: dict[str, list[Request]] = {}
+        """Who is promised each name, the next one first."""
 
     def take(self, number: int, event: tuple[Any, ...]) -> None:
         """The next event, of whatever kind."""
         if event[0] in ("lock.asked", "lock.taken"):
             self._asked(number, event)
-        elif event[0] in ("lock.granted", "lock.moved", "lock.freed", "lock.lost"):
+        elif event[0] in _OF_ONE:
             self._changed(number, event)
 
     def _asked(self, number: int, event: tuple[Any, ...]) -> None:
@@ -127,10 +142,30 @@ class Checked:
         kind, request = event[0], self.known.get((event[1], event[2]))
         if request is None:
             self.broken.append(f"event {number}: {kind} of {event[2]}, which nobody asked for")
-        elif kind == "lock.granted" or (kind == "lock.moved" and request.token):
+        elif kind == "lock.promised":
+            request.promised = number
+            self.promises[number] = request
+            self._lines.setdefault(request.names[0], []).append(request)
+        elif kind == "lock.granted":
             self._granted(request, number)
-        elif kind != "lock.moved":
-            del self.known[request.id]
+        elif kind == "lock.moved":
+            self._void(request.names if request.token or request.promised else ())
+            if request.token:
+                self._granted(request, number)
+        else:
+            self._unpromise(request)
+            if kind != "lock.recalled":
+                del self.known[request.id]
+
+    def _void(self, names: Iterable[str]) -> None:
+        for name in names:
+            for one in self._lines.get(name, ()):
+                one.void = True
+
+    def _unpromise(self, request: Request) -> None:
+        if request.promised:
+            self._lines[request.names[0]].remove(request)
+            request.promised, request.void = 0, False
 
     def _granted(self, request: Request, number: int) -> None:
         for other in self.known.values():
@@ -140,9 +175,14 @@ class Checked:
                 self.broken.append(f"event {number}: {request.id} is granted while {other.id} holds {other.names}")
             elif other.asked < request.asked and not request.chain:
                 self.passed.append(f"event {number}: {request.id} passes {other.id}, which asked before")
-        request.token = number
-        self.grants[number] = request
+        if not request.promised:
+            self._void(request.names)
+        elif request.void or self._lines[request.names[0]][0] is not request:
+            self.broken.append(f"event {number}: {request.id} is granted what it was promised out of turn")
+        request.token = token = request.promised or number
+        self._unpromise(request)
+        self.grants[token] = self.granted = request
         for name in request.names if not request.chain else ():
-            if number <= self._last.get(name, 0):
+            if token <= self._last.get(name, 0):
                 self.broken.append(f"event {number}: the token of {name!r} was {self._last[name]} before")
-            self._last[name] = number
+            self._last[name] = token
