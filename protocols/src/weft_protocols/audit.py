@@ -80,8 +80,12 @@ class AuditRecord:
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form, in hex; of its plain form where it has no canonical one."""
+    return hashlib.sha256(plain_form(value)).hexdigest()
+
+
+def plain_form(value: Any) -> bytes:
+    """A JSON value in canonical form; where it has none, as JSON with sorted keys. RecursionError if it is too deep."""
     try:
-        data = canonical_json(value)
+        return canonical_json(value)
     except (ValueError, RecursionError):
-        data = json.dumps(value, sort_keys=True, default=str).encode()
-    return hashlib.sha256(data).hexdigest()
+        return json.dumps(value, sort_keys=True, default=str).encode()

@@ -6,6 +6,7 @@ A call that could not be recorded is not made, unless its server's settings say 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from weft.core.broker import Broker
@@ -23,7 +25,7 @@ from weft.sidecar import owed
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
 from weft.sidecar.weight import aside, heavy
 from weft_protocols import headers as h
-from weft_protocols.audit import AuditRecord, Kind, digest
+from weft_protocols.audit import AuditRecord, Kind, digest, plain_form
 from weft_protocols.errors import BrokerError, TooLarge
 from weft_protocols.mcp import CODES, UNRECORDED
 
@@ -51,7 +53,11 @@ class Recorder:
         self._tasks = Tasks("audit records")
 
     def made(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
-        """The record of a call."""
+        """The record of a call. Of one that has an intent, that with how it ended."""
+        intent = call.facts.get(owed.RECORD)
+        ended = _json(self._outcome(call, outcome)) if outcome is not None else {}
+        if isinstance(intent, AuditRecord):  # what is known of a call changes no more once it is made
+            return replace(intent, kind=kind, at=int(time.time() * 1000), outcome=ended)
         decision = owed.decision(call)
         why: dict[str, Any] = {
             "approvals": call.facts.get(owed.APPROVALS),
@@ -80,7 +86,7 @@ class Recorder:
                 "within": call.facts.get(owed.WITHIN),
                 "deadline": int(call.deadline * 1000) if call.deadline is not None else None,
             },
-            outcome=_json(self._outcome(call, outcome)) if outcome is not None else {},
+            outcome=ended,
         )
 
     async def written(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
@@ -140,14 +146,14 @@ class Recorder:
             failed = outcome.result.get("isError") is True
             replayed = call.facts.get(owed.REPLAYED)
             try:
-                data = json.dumps(outcome.result, separators=(",", ":"), ensure_ascii=False)
+                data = plain_form(dict(outcome.result))
             except RecursionError:  # just too deep for here, though not for where it was measured
-                data = ""
+                data = b""
             return made | {
                 "status": "replayed" if replayed else "failed" if failed else "ok",
-                "bytes": len(data.encode(errors="backslashreplace")),
+                "bytes": len(data),
                 "redactions": _redactions(call, data),
-                "result": digest(dict(outcome.result)) if data else "",
+                "result": hashlib.sha256(data).hexdigest() if data else "",
             }
         code, message = (outcome.error.code, str(outcome.error)) if outcome.error is not None else (0, "")
         return made | {
@@ -155,7 +161,7 @@ class Recorder:
             "code": code,
             "kind": CODES.get(code, ("", ""))[0],
             "message": self._redactor.text(message[:SHOWN])[:500],
-            "redactions": _redactions(call, message),
+            "redactions": _redactions(call, message.encode(errors="replace")),
         }
 
 
@@ -189,6 +195,7 @@ class Intended(Passing):
         """Refuse what cannot be recorded."""
         if call.method not in RECORDED:
             return call
+        record: AuditRecord | None = None
         try:
             record = await self._recorder.written("intent", call)
             await self._recorder.store(record, timeout=BEFORE)
@@ -196,7 +203,7 @@ class Intended(Passing):
             log.error("the intent of a call of %s is not stored: %s", call.caller, error)
             if call.guards.required:
                 return Refusal(UNRECORDED, "the call could not be recorded and is not made; try again", in_band=True)
-        return call.with_fact(owed.RECORD, call.facts.get(owed.CALL, ""))
+        return call.with_fact(owed.RECORD, record)
 
 
 def _who(call: Call) -> dict[str, Any]:
@@ -212,10 +219,10 @@ def _who(call: Call) -> dict[str, Any]:
     }
 
 
-def _redactions(call: Call, shown: str) -> dict[str, int]:
+def _redactions(call: Call, shown: bytes) -> dict[str, int]:
     """What was taken out, by kind: as it was counted, and as the marks say that stand in what the caller gets."""
     counted = call.facts.get(owed.REDACTED) or {}
-    return dict(Counter(counted) | (kinds(shown) if MARK in shown else Counter()))
+    return dict(Counter(counted) | (kinds(shown.decode()) if MARK.encode() in shown else Counter()))
 
 
 def _json(value: Any) -> Any:
