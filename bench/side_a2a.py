@@ -31,6 +31,7 @@ from a2a.types import (
     Role,
     SendMessageRequest,
 )
+from a2a.utils.errors import UnsupportedOperationError
 from bench.processes import Child, Children
 from starlette.applications import Starlette
 
@@ -64,7 +65,7 @@ class Echo(AgentExecutor):
         await updater.complete()
 
     async def cancel(self, context: RequestContext, event_queue: EventQueue) -> None:
-        raise NotImplementedError
+        raise UnsupportedOperationError(message="the benchmark cancels nothing")
 
 
 @asynccontextmanager

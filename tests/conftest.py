@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from weft.core.broker import Broker
 from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
 
 # A shell starts background jobs with SIGINT ignored, and processes started here would inherit that.
@@ -40,6 +41,14 @@ async def mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
     running = await start_test_mesh()
     yield running
     await running.aclose()
+
+
+@pytest.fixture
+async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
+    """The operator's connection to it."""
+    broker = await mesh.connect("operator")
+    yield broker
+    await broker.close()
 
 
 @pytest.fixture

@@ -733,9 +733,6 @@ async def test_inboxes_are_out_of_others_reach(cast: Cast) -> None:
     assert [one.data for one in got] == [b"own"]
 
 
-# ---------------------------------------------------------------------------------------------------
-
-
 async def _pull(broker: Broker, subject: str, batch: int) -> list[Delivered]:
     """Everything a pull without waiting gives."""
     inbox = broker.new_inbox()
@@ -764,7 +761,8 @@ async def _inventory(cast: Cast) -> Any:
         found[stream] = (await cast.coordinator.api(f"STREAM.INFO.{stream}"))["config"]
         for consumer in (await cast.coordinator.api(f"CONSUMER.LIST.{stream}"))["consumers"] or []:
             if cast.name("mallory") not in consumer["name"]:
-                found[consumer["name"]] = consumer["config"], _without_times(consumer["delivered"])
+                delivered = {key: one for key, one in consumer["delivered"].items() if key != "last_active"}
+                found[consumer["name"]] = consumer["config"], delivered
     return found
 
 
@@ -775,10 +773,6 @@ async def _written_by_others(cast: Cast) -> dict[str, int]:
         info = await cast.coordinator.api(f"STREAM.INFO.{stream}", {"subjects_filter": ">"})
         found |= info["state"].get("subjects") or {}
     return {subject: count for subject, count in found.items() if cast.name("mallory") not in subject}
-
-
-def _without_times(value: Any) -> Any:
-    return {key: one for key, one in value.items() if key != "last_active"} if isinstance(value, dict) else value
 
 
 # Connections -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`task.approve`: persons decide while the task holds nothing, whatever is restarted meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ pytestmark = pytest.mark.usefixtures("coordinator")
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks leave memory for short waits as well."""
     monkeypatch.setattr(parking, "WORTH", 0.1)
-
-
-@pytest.fixture
-async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
-    broker = await mesh.connect("operator")
-    try:
-        yield broker
-    finally:
-        await broker.close()
 
 
 async def asked(operator: Broker, agent: str, title: str = "") -> api.ApprovalInfo:

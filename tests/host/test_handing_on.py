@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,14 +71,6 @@ def clerk(name: str, book: Book) -> weft.Agent:
         return (await asyncio.gather(outer(), inner()))[1]
 
     return agent
-
-
-@pytest.fixture
-async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
-    """The operator's connection."""
-    broker = await mesh.connect("operator")
-    yield broker
-    await broker.close()
 
 
 @pytest.fixture

@@ -23,14 +23,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("coordinator")]
 Unique = Callable[[str], str]
 
 
-@pytest.fixture
-async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
-    """The operator's connection."""
-    broker = await mesh.connect("operator")
-    yield broker
-    await broker.close()
-
-
 @pytest.fixture(scope="session", autouse=True)
 async def laws(mesh: BrokerMesh, coordinator: Process) -> AsyncIterator[None]:
     """Whatever the tests did, the coordinator's log breaks no law of locks."""

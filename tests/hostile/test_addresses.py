@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from weft.policy.egress import Egress, Refused
 from weft.sidecar.egress import Clients
 from weft.testing.agents import eventually
 from weft.testing.broker import unique_name
+from weft.testing.web import Answer, Web
 from weft_protocols import mcp
 from weft_protocols.errors import ToolError
 
@@ -26,34 +27,6 @@ pytestmark = pytest.mark.anyio
 CORPUS = yaml.safe_load(Path(__file__).with_name("corpus.yaml").read_text(encoding="utf-8"))["addresses"]
 LOCAL = {"egress": {"allow": ["127.0.0.1"]}}
 DISCOVERED = {"supportedVersions": [mcp.VERSION], "capabilities": {"tools": {}}}
-Answer = Callable[[dict[str, Any], dict[str, str], asyncio.StreamWriter], Awaitable[None]]
-
-
-class Web:
-    """HTTP servers that answer as they like, and everything that reached them."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
-        self.heads: list[str] = []
-
-    async def start(self, answer: Answer) -> str:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                while head := (await reader.readuntil(b"\r\n\r\n")).decode():
-                    self.heads.append(head)
-                    lines = [line.partition(":") for line in head.split("\r\n")[1:] if ":" in line]
-                    headers = {key.lower(): value.strip() for key, _, value in lines}
-                    data = await reader.readexactly(int(headers.get("content-length", 0)))
-                    await answer(json.loads(data or b"{}"), headers, writer)
-                    await writer.drain()
-            except (asyncio.IncompleteReadError, ConnectionError):
-                pass
-            finally:
-                writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        self._stack.callback(server.close)
-        return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp"
 
 
 @pytest.fixture

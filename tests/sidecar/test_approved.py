@@ -173,13 +173,6 @@ async def coordinator(mesh: BrokerMesh) -> AsyncIterator[Process]:
 
 
 @pytest.fixture
-async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
-    broker = await mesh.connect("operator")
-    yield broker
-    await broker.close()
-
-
-@pytest.fixture
 async def rules(stage: Any, operator: Broker, coordinator: Process) -> AsyncIterator[Callable[[str], Awaitable[int]]]:
     async def use(text: str) -> int:
         version = await permit(operator, text)

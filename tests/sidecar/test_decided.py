@@ -47,13 +47,6 @@ async def address() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def operator(mesh: BrokerMesh) -> AsyncIterator[Broker]:
-    broker = await mesh.connect("operator")
-    yield broker
-    await broker.close()
-
-
-@pytest.fixture
 async def rules(stage: Any, operator: Broker) -> AsyncIterator[Rules]:
     """Has rules decide, until the test is over."""
 

@@ -15,6 +15,7 @@ from weft.client.tools import ToolRequest
 from weft.core.toolsconf import ToolServer
 from weft.testing.agents import Process, eventually
 from weft.testing.broker import unique_name
+from weft.testing.web import Answer, Web
 from weft_protocols import mcp
 from weft_protocols.errors import ToolError
 
@@ -113,33 +114,12 @@ async def test_capabilities_the_caller_did_not_declare_are_not_declared_for_it(s
 
 # Servers that are none -----------------------------------------------------------------------------
 
-Answer = Callable[[dict[str, Any], dict[str, str], asyncio.StreamWriter], Awaitable[None]]
-
 
 @pytest.fixture
 async def web() -> AsyncIterator[Callable[[Answer], Awaitable[str]]]:
     """Starts HTTP servers that answer each POST as they like; their addresses."""
     async with AsyncExitStack() as stack:
-
-        async def start(answer: Answer) -> str:
-            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                try:
-                    while head := await reader.readuntil(b"\r\n\r\n"):
-                        lines = [line.partition(":") for line in head.decode().split("\r\n")[1:] if ":" in line]
-                        headers = {key.lower(): value.strip() for key, _, value in lines}
-                        data = await reader.readexactly(int(headers.get("content-length", 0)))
-                        await answer(json.loads(data or b"{}"), headers, writer)
-                        await writer.drain()
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    pass
-                finally:
-                    writer.close()
-
-            server = await asyncio.start_server(serve, "127.0.0.1", 0)
-            stack.callback(server.close)
-            return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp"
-
-        yield start
+        yield Web(stack).start
 
 
 def response(status: str, body: bytes, kind: str = "application/json", *more: str) -> bytes:

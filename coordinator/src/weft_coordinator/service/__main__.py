@@ -15,7 +15,6 @@ from weft.core.config import ConnectionSettings, load_settings
 from weft_coordinator.service.app import Coordinator, new_id
 from weft_coordinator.service.settings import Settings
 from weft_protocols.connections import of_coordinator
-from weft_protocols.errors import WeftError
 
 IDENTITY = "coordinator"
 SWITCH = 0.001
@@ -33,7 +32,7 @@ async def serve(connection: ConnectionSettings, settings: Settings) -> None:
         try:
             await coordinator.start()
             process.collect_seldom()
-            print("ready", file=sys.stderr, flush=True)  # noqa: T201 - what its supervisor waits for
+            process.say("ready")
             await coordinator.run(stop)
         finally:
             await coordinator.aclose()
@@ -45,14 +44,11 @@ def main() -> int:
     """Run; the exit code."""
     process.log_to_stderr()
     sys.setswitchinterval(SWITCH)
-    try:
-        connection = load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY)
-        with asyncio.Runner(loop_factory=process.loop_factory()) as runner:
-            runner.run(serve(connection, Settings.load()))
-    except WeftError as error:
-        print(f"coordinator: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        return error.exit_code
-    return 0
+
+    async def begin() -> None:
+        await serve(load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY), Settings.load())
+
+    return process.run(IDENTITY, begin)
 
 
 if __name__ == "__main__":

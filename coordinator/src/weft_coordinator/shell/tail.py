@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ CALMING: Final = 1.5
 Listener = Callable[[Sequence[Entry]], None]
 
 
-class Rounds:
+class Rounds(ABC):
     """Work that is done in rounds: who asks gets one that began after asking, together with all others who ask."""
 
     def __init__(self) -> None:
@@ -56,8 +57,9 @@ class Rounds:
         """To be held by who must not meet a round."""
         return self._turn
 
+    @abstractmethod
     async def _round(self) -> None:
-        raise NotImplementedError
+        """Do it once."""
 
 
 class Tail(Rounds):

@@ -212,6 +212,17 @@ def load_mesh_config(path: Path) -> MeshConfig:
     return parse_mesh_config(text, path=path)
 
 
+def own_mesh_config(connection: ConnectionSettings) -> MeshConfig | None:
+    """The `mesh.yaml` of a process: `WEFT_CONFIG`, else in its mesh's project folder or the current one; None for none.
+
+    Raises InvalidConfig.
+    """
+    named = os.environ.get("WEFT_CONFIG")
+    folders = [*([connection.home.parent] if connection.home is not None else []), Path.cwd()]
+    path = Path(named) if named else next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
+    return load_mesh_config(path) if path is not None else None
+
+
 def parse_mesh_config(text: str, *, path: Path) -> MeshConfig:
     """Like `load_mesh_config` for a text; `path` is named in errors and gives the project folder."""
     import yaml

@@ -8,8 +8,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from weft_protocols.errors import InvalidConfig, WeftError
 
 PARENT: Final = "WEFT_PARENT_FD"
 """Environment variable with a pipe's reading end, whose other end the process that started this one holds."""
@@ -47,6 +49,35 @@ def leave_when_told(leave: Callable[[], None]) -> None:
             leave()
 
         loop.add_reader(fd, gone)
+
+
+def say(text: str) -> None:
+    """A line on standard error, at once: whoever started this process waits for it."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def grace() -> float:
+    """Seconds that requests under way have when the process is told to leave, as `WEFT_GRACE` says.
+
+    Raises InvalidConfig.
+    """
+    text = os.environ.get("WEFT_GRACE", "10")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise InvalidConfig(f"WEFT_GRACE is {text!r}; it must be a number of seconds") from None
+
+
+def run(name: str, serve: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Do what a process is for, to its end; its exit code. An error of ours is said, and has its own code."""
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(serve())
+    except WeftError as error:
+        say(f"{name}: {error}")
+        return error.exit_code
+    return 0
 
 
 def collect_seldom() -> None:

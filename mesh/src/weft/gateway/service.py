@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
 
 from weft.client.cards import CardDirectory
@@ -24,6 +22,7 @@ from weft.core.config import ConnectionSettings
 from weft.core.gatewayconf import DEFAULT_GRPC_PORT, DEFAULT_PORT, GatewayConfig, checked, is_loopback
 from weft.core.home import GatewayRecord, Home, process_started
 from weft.core.supervise import Tasks
+from weft.core.webserver import WebServer, bound
 from weft.gateway.app import make_app
 from weft.gateway.auth import Authenticator
 from weft.gateway.callers import Callers
@@ -42,8 +41,6 @@ CLOSING: Final = 5.0
 """Seconds for answers to what was cut short by the end of that time."""
 BACKLOG: Final = 1024
 """Connections the system keeps until they are accepted."""
-KEEP_ALIVE: Final = 75
-"""Seconds an idle connection is kept: longer than the proxies before it do."""
 
 
 class GatewayService:
@@ -74,7 +71,7 @@ class GatewayService:
         self._tasks = Tasks("gateway")
         self._stack = AsyncExitStack()
         self._app: Starlette | None = None
-        self._web: _Web | None = None
+        self._web: WebServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._rpc: GrpcGateway | None = None
         self._push: Deliverer | None = None
@@ -107,7 +104,7 @@ class GatewayService:
         self.config = replace(self.config, port=port, grpc_port=rpc_port)
         self.http, self.grpc = f"http://{_bracketed(shown)}:{port}", f"{_bracketed(shown)}:{rpc_port}"
         self._app = self._make_app(self._key)
-        self._web = _Web(self._app, backlog=BACKLOG)
+        self._web = WebServer(self._app, name=IDENTITY, http=BoundedProtocol, backlog=BACKLOG)
         self._serving = self._tasks.start(self._web.serve(sockets=[sock]), name="HTTP of the gateway")
         await self._web.ready(self._serving)
         await self._rpc.start()
@@ -167,7 +164,7 @@ class GatewayService:
             # The library writes to the terminal about a port that is taken, so that it is asked for free ones only.
             try:
                 if port:
-                    _bound(self.config.host, port).close()
+                    bound(self.config.host, port, backlog=BACKLOG).close()
                 return rpc.bind(f"{host}:{port}")
             except OSError as error:
                 failure = error
@@ -241,47 +238,6 @@ class _Signer:
         return self._key.sign_bytes(data)
 
 
-class _Web(uvicorn.Server):
-    """uvicorn without its signals: the process has its own."""
-
-    def __init__(self, app: Starlette, *, backlog: int) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=BoundedProtocol,
-                ws="none",
-                loop="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                backlog=backlog,
-                timeout_keep_alive=KEEP_ALIVE,
-            )
-        )
-        self._listening = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self._listening.set()
-
-    async def ready(self, serving: asyncio.Task[None]) -> None:
-        """Return when connections are accepted. Raises Unavailable if the server ended instead."""
-        async with asyncio.TaskGroup() as group:
-            wait = group.create_task(self._listening.wait())
-            await asyncio.wait((wait, serving), return_when=asyncio.FIRST_COMPLETED)
-            wait.cancel()
-        if serving.done():
-            raise Unavailable("the HTTP server of the gateway did not start; its log says why")
-
-
 async def _over_within(work: asyncio.Task[None], seconds: float) -> None:
     await asyncio.wait((work,), timeout=seconds)
 
@@ -298,27 +254,10 @@ def _listen(host: str, wanted: int | None, *, kept: int) -> socket.socket:
     failure = OSError()
     for port in _candidates(wanted, kept, DEFAULT_PORT):
         try:
-            return _bound(host, port)
+            return bound(host, port, backlog=BACKLOG)
         except OSError as error:
             failure = error
     raise _taken("HTTP", host, wanted, failure)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    sock = socket.socket(family, kind, number)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(AttributeError, OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _taken(protocol: str, host: str, port: int | None, error: OSError) -> UsageError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -48,16 +49,16 @@ _REASONS: Final = {spec.code: reason for reason, spec in reversed(A2A_ERRORS.ite
 _UTF8: Final = ("", "utf-8", "utf8", '"utf-8"')
 
 
-class _Shield:
+class _Shield(ABC):
     """What both bindings have in common."""
 
     def __init__(self, endpoint: Endpoint, streams: Streams) -> None:
         self._endpoint = endpoint
         self._streams = streams
 
+    @abstractmethod
     def error_body(self, error: A2AError, request_id: Any) -> dict[str, Any]:
         """An error in the form of the binding."""
-        raise NotImplementedError
 
     async def answer(self, request: Request, exchange: Exchange, *, streaming: bool) -> Response:
         """The dispatcher's answer; a stream in our own form. Raises ClientDisconnect."""

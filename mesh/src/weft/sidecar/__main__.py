@@ -10,22 +10,19 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from weft.core import process
-from weft.core.config import CONFIG_NAME, ConnectionSettings, load_mesh_config, load_settings
+from weft.core.config import ConnectionSettings, load_settings, own_mesh_config
 from weft.core.toolsconf import INSTALL, SidecarConfig, missing_modules
-from weft_protocols.errors import InvalidConfig, Unavailable, WeftError
+from weft_protocols.errors import InvalidConfig, Unavailable
 
 IDENTITY = "sidecar"
 
 
 def load_sidecar_config(connection: ConnectionSettings) -> SidecarConfig:
     """Section `sidecar` of `mesh.yaml`, and `WEFT_SIDECAR_PORT`, which wins. Raises InvalidConfig."""
-    named = os.environ.get("WEFT_CONFIG")
-    folders = [*([connection.home.parent] if connection.home is not None else []), Path.cwd()]
-    path = Path(named) if named else next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
-    config = load_mesh_config(path).sidecar if path is not None else SidecarConfig()
+    found = own_mesh_config(connection)
+    config = found.sidecar if found is not None else SidecarConfig()
     port = os.environ.get("WEFT_SIDECAR_PORT")
     if port is None:
         return config
@@ -48,7 +45,7 @@ async def serve(connection: ConnectionSettings, config: SidecarConfig, *, grace:
         service = SidecarService(broker, config, home=home)
         try:
             await service.start()
-            _say(f"ready: sidecar with {len(service.plane.servers)} tool servers, HTTP at {service.web.url}/mcp")
+            process.say(f"ready: sidecar with {len(service.plane.servers)} tool servers, HTTP at {service.web.url}/mcp")
             process.collect_seldom()
             await service.run(stop)
             await service.drain(grace)
@@ -58,34 +55,19 @@ async def serve(connection: ConnectionSettings, config: SidecarConfig, *, grace:
         await broker.close()
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def _grace() -> float:
-    text = os.environ.get("WEFT_GRACE", "10")
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        raise InvalidConfig(f"WEFT_GRACE is {text!r}; it must be a number of seconds") from None
-
-
 def main() -> int:
     """Run; the exit code."""
     process.log_to_stderr()
     for noisy in ("uvicorn.error", "mcp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
+
+    async def begin() -> None:
         if missing := missing_modules():
             raise Unavailable(f"a sidecar needs {', '.join(missing)}, which is not installed: {INSTALL}")
         connection = load_settings(os.environ.get("WEFT_IDENTITY") or IDENTITY)
-        with asyncio.Runner(loop_factory=process.loop_factory()) as runner:
-            runner.run(serve(connection, load_sidecar_config(connection), grace=_grace()))
-    except WeftError as error:
-        _say(f"sidecar: {error}")
-        return error.exit_code
-    return 0
+        await serve(connection, load_sidecar_config(connection), grace=process.grace())
+
+    return process.run(IDENTITY, begin)
 
 
 if __name__ == "__main__":

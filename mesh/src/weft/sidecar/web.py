@@ -6,17 +6,14 @@ Every request carries a bearer token of a task. Only loopback is listened on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
-import uvicorn
 from mcp.server.context import ServerRequestContext
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
@@ -27,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft.core.supervise import Tasks
+from weft.core.webserver import WebServer, bound
 from weft.sidecar.backend import Backend
 from weft.sidecar.mcpserver import Asker, Forwarder
 from weft.sidecar.tokens import Tokens
@@ -40,6 +38,7 @@ LARGEST: Final = 8 * 1024 * 1024
 """Bytes of a request's body."""
 ASKER: Final = "weft.asker"
 CLOSING: Final = 2.0
+BACKLOG: Final = 256
 _CURRENT: ContextVar[Asker | None] = ContextVar("weft_mcp_asker", default=None)
 
 Schema = Callable[[str, str], Mapping[str, Any] | None]
@@ -66,7 +65,7 @@ class WebFront:
         self._schema = schema
         self._forwarder = Forwarder(backend, _asker, schema=self._schema_now)
         self._tasks = Tasks("HTTP of the sidecar")
-        self._web: _Web | None = None
+        self._web: WebServer | None = None
         self._serving: asyncio.Task[None] | None = None
 
     def app(self) -> Starlette:
@@ -92,7 +91,7 @@ class WebFront:
         """
         sock = _listen(port, kept)
         self.url = f"http://{HOST}:{sock.getsockname()[1]}"
-        self._web = _Web(self.app())
+        self._web = WebServer(self.app(), name="sidecar")
         self._serving = self._tasks.start(self._web.serve(sockets=[sock]), name="HTTP of the sidecar")
         await self._web.ready(self._serving)
 
@@ -169,58 +168,11 @@ def _unauthorized() -> Response:
 def _listen(port: int, kept: int) -> socket.socket:
     failure = OSError()
     for candidate in (port,) if port else (*([kept] if kept else ()), 0):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(AttributeError, OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.bind((HOST, candidate))
-            sock.listen(256)
+            return bound(HOST, candidate, backlog=BACKLOG)
         except OSError as error:
-            sock.close()
             failure = error
-        else:
-            return sock
     raise UsageError(
         f"the sidecar cannot listen on {HOST}:{port} ({failure.strerror or failure}); set sidecar.port in mesh.yaml "
         "to another port, or to 0 for a free one"
     )
-
-
-class _Web(uvicorn.Server):
-    """uvicorn without its signals: the process has its own."""
-
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                ws="none",
-                loop="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=75,
-            )
-        )
-        self._listening = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self._listening.set()
-
-    async def ready(self, serving: asyncio.Task[None]) -> None:
-        """Return when connections are accepted. Raises Unavailable if the server ended instead."""
-        async with asyncio.TaskGroup() as group:
-            wait = group.create_task(self._listening.wait())
-            await asyncio.wait((wait, serving), return_when=asyncio.FIRST_COMPLETED)
-            wait.cancel()
-        if serving.done():
-            raise Unavailable("the HTTP server of the sidecar did not start; its log says why")
