@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft.testing.broker import start_test_mesh
 from weft_coordinator.decide.ledger import Event, Ledgers
 from weft_coordinator.shell.decided import DecidedLog
 from weft_coordinator.shell.leader import Leader, Terms
-from weft_coordinator.shell.log import StreamReader
 
 IN_FLIGHT = 64
 """Decisions asked for at a time."""

@@ -15,11 +15,11 @@ from a2a.types import a2a_pb2 as pb
 from bench.processes import memory_mb
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft_coordinator.decide.index import TaskIndex
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.files import StateFile
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.store import Store
 from weft_coordinator.shell.tail import Tail

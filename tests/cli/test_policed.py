@@ -116,6 +116,15 @@ def test_a_folder_that_is_wrong_is_refused_with_its_line_and_what_decides_goes_o
     assert "policy version 2 decides" in project.mesh("restart", "sidecar", timeout=60).err
     assert project.mesh("tools", "call", "crm.run", "id=a").out
     assert "no rule permits it (policy version 2)" in project.mesh("tools", "call", "crm.run", "id=b", code=1).out
+    replay = ("policy", "replay", "--against", "wider")
+    project.permit('permit (principal == Agent::"local", action == Action::"call", resource);', file="wider/a.cedar")
+    flips = project.mesh(*replay, "-o", "json")
+    assert [(one["change"], one["agent"], one["resource"]) for one in flips.json] == [
+        ("deny>allow", "local", "crm.run")
+    ]
+    assert "1 of 4 decisions would change" in flips.err
+    assert "1 of 1 decisions would change" in project.mesh(*replay, "--limit", "1", "--strict", code=3).err
+    assert "0 of 0 decisions would change" in project.mesh(*replay, "--since", "2100-01-01").err
     project.mesh("policy", "rollback", "1")
     assert "rolled it back" in project.mesh("restart", "sidecar", timeout=60).err
     assert project.mesh("tools", "call", "crm.run", "id=b").out

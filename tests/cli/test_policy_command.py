@@ -151,7 +151,9 @@ def test_recorded_decisions_show_what_would_change(project: Any, folder: Path) -
         ("allow>deny", ["old"], "nothing permits it")
     ]
     assert "1 of 2 decisions would change; 1 lines hold no decision" in result.err
-    project.mesh("policy", "replay", "--against", "policies", "--strict", code=3, said=text)
+    project.mesh("policy", "replay", "--against", "policies", "--strict", "-", code=3, said=text)
+    missing = project.mesh("policy", "replay", "--against", "policies", "none.jsonl", code=2)
+    assert "none.jsonl cannot be read as records" in missing.err
 
 
 def test_two_folders_are_compared_by_rule(project: Any, folder: Path) -> None:

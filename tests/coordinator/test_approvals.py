@@ -18,6 +18,7 @@ from weft.core.broker import Delivered
 from weft.core.config import parse_mesh_config
 from weft.core.watchconf import WatchConfig
 from weft.testing.agents import eventually
+from weft_coordinator.decide import approvals as ledger_module
 from weft_coordinator.decide.approvals import (
     APPROVED,
     ASKED,
@@ -26,6 +27,7 @@ from weft_coordinator.decide.approvals import (
     EXPIRED,
     KEPT,
     PENDING,
+    RETURNED,
     SPENT,
     TOOL,
     USED,
@@ -173,6 +175,45 @@ def test_a_use_is_once_and_may_be_repeated_by_who_made_it(desk: Desk) -> None:
     assert desk.state(again) == PENDING
 
 
+def test_what_was_used_for_nothing_is_given_back_by_who_used_it(desk: Desk) -> None:
+    id_ = desk.ask(wanted(CALL))
+    desk.decide(id_, "ann")
+    assert desk.ledger.give_back(id_, by="u1") == []
+    assert desk.use(id_, by="u1") == ""
+    assert desk.ledger.give_back(id_, by="u2") == desk.ledger.give_back(id_, by="") == []
+    desk.take(desk.ledger.give_back(id_, by="u1"))
+    assert desk.state(id_) == APPROVED
+    assert desk.ask(wanted(CALL)) == id_
+    assert desk.ledger.give_back(id_, by="u1") == []
+    assert desk.use(id_, by="u2") == ""
+    assert desk.use(id_, by="u3") != ""
+    desk.take(desk.ledger.give_back(id_, by="u2"))
+    desk.now = END
+    assert desk.state(id_) == EXPIRED
+
+
+def test_what_a_call_of_no_task_gave_back_is_there_for_the_next_one(desk: Desk) -> None:
+    bound = replace(CALL, task="")
+    id_ = desk.ask(wanted(bound))
+    desk.decide(id_, "ann")
+    desk.use(id_, bound, by="u1")
+    desk.take(desk.ledger.give_back(id_, by="u1"))
+    again = Approvals()
+    again.load(msgpack.unpackb(msgpack.packb(desk.ledger.dump())))
+    assert [one.id for one in again.live()] == [one.id for one in desk.ledger.live()] == [id_]
+    assert desk.use(id_, bound, by="u2") == ""
+
+
+def test_an_agent_has_only_so_many_open_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_OPEN", 2)
+    asked = [desk.ask(wanted(replace(CALL, task=f"{n}" * 32))) for n in (1, 2)]
+    with pytest.raises(InvalidParams, match=r"2 approvals of .* wait for a decision"):
+        desk.ask(wanted(replace(CALL, task="3" * 32)))
+    desk.ask(wanted(replace(CALL, agent="another")))
+    desk.decide(asked[0], "ann", allow=False)
+    desk.ask(wanted(replace(CALL, task="3" * 32)))
+
+
 def test_nobody_of_the_chain_decides_whatever_the_case_of_their_name(desk: Desk) -> None:
     id_ = desk.ask(wanted())
     with pytest.raises(PermissionDenied, match="somebody else"):
@@ -252,6 +293,7 @@ steps = st.one_of(
     st.tuples(st.just("ask"), st.sampled_from(BOUNDS), st.sampled_from(NEEDS)),
     st.tuples(st.just("decide"), st.integers(0, 5), st.sampled_from(sorted(PEOPLE)), st.booleans()),
     st.tuples(st.just("use"), st.integers(0, 5), st.sampled_from(BOUNDS), st.sampled_from(["u1", "u2"])),
+    st.tuples(st.just("return"), st.integers(0, 5), st.sampled_from(["u1", "u2"])),
     st.tuples(st.just("wait"), st.sampled_from([1, END // 2, END])),
     st.tuples(st.just("late")),
     st.tuples(st.just("close")),
@@ -294,6 +336,8 @@ def happen(desk: Desk, step: Any, granted: dict[str, Bound]) -> None:
         id_ = ids[rest[0] % len(ids)]
         if kind == "decide":
             desk.decide(id_, rest[1], allow=rest[2])
+        elif kind == "return":
+            desk.take(desk.ledger.give_back(id_, by=rest[1]))
         else:
             uses = sum(event[0] == USED for _, event in desk.events)
             if not desk.use(id_, rest[1], by=rest[2]) and sum(e[0] == USED for _, e in desk.events) > uses:
@@ -303,7 +347,7 @@ def happen(desk: Desk, step: Any, granted: dict[str, Bound]) -> None:
 def check(events: list[tuple[int, Event]], granted: dict[str, Bound]) -> None:
     asked: dict[str, Any] = {}
     said: dict[str, dict[str, tuple[str, bool]]] = {}
-    used: set[str] = set()
+    used: dict[str, str] = {}
     over: set[str] = set()
     for now, (kind, *rest) in events:
         if kind == ASKED:
@@ -317,14 +361,16 @@ def check(events: list[tuple[int, Event]], granted: dict[str, Bound]) -> None:
             said.setdefault(id_, {})[who] = (role, allow)
         elif kind == USED:
             id_ = rest[0]
-            assert id_ not in used | over
-            used.add(id_)
+            assert id_ not in {*used, *over}
+            used[id_] = rest[1]
             assert now < asked[id_]["expires"]
             assert list(asked[id_]["bound"]) == [getattr(granted[id_], name) for name in Bound.__slots__]
             votes = list(said[id_].values())
             assert all(allow for _, allow in votes)
             for role, count in asked[id_]["needs"]:
                 assert sum(one == role for one, _ in votes) >= count
+        elif kind == RETURNED:
+            assert used.pop(rest[0])
         elif kind == "approval-ended":
             over.add(rest[0])
         else:
@@ -459,6 +505,21 @@ async def test_a_sidecar_asks_for_a_call_and_uses_the_approval_once_for_exactly_
     assert sorted(one["used"] for one in await asyncio.gather(*uses)) == [False] * 7 + [True]
     again = await sidecar(stage, "approval-request", **call)
     assert (again["state"], again["id"] == asked["id"]) == (PENDING, False)
+
+
+async def test_a_sidecar_gives_back_what_it_used_for_nothing(stage: Stage) -> None:
+    sent = await stage.send(stage.agent())
+    call = {**tool(sent), "title": "crm update", **need()}
+    id_ = (await sidecar(stage, "approval-request", **call))["id"]
+    await decide(stage, id_)
+    use = {**tool(sent), "id": id_}
+    assert (await sidecar(stage, "approval-use", **use, by="u1"))["used"]
+    assert not (await sidecar(stage, "approval-return", id=id_, by="u2"))["returned"]
+    assert (await sidecar(stage, "approval-return", id=id_, by="u1"))["returned"]
+    with pytest.raises(PermissionDenied, match="for sidecars"):
+        await coordinator.call(await stage.broker(sent.agent), "approval-return", {"id": id_, "by": "u1"})
+    assert (await sidecar(stage, "approval-request", **call))["id"] == id_
+    assert (await sidecar(stage, "approval-use", **use, by="u2"))["used"]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft_coordinator.decide import laws
 from weft_coordinator.decide.ledger import Event, Ledgers
 from weft_coordinator.shell.decided import Commit, DecidedLog
 from weft_coordinator.shell.leader import Leader, Term, Terms
-from weft_coordinator.shell.log import StreamReader
 from weft_protocols.errors import TimedOut, Unavailable
 from weft_protocols.resources import COORD, DECIDED, LEASE, SNAPSHOTS
 

@@ -10,11 +10,11 @@ import pytest
 
 from weft.client import coordinator
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft.testing.agents import Process, coordinator_process, eventually
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft_coordinator.decide import laws
 from weft_coordinator.shell.decided import Commit
-from weft_coordinator.shell.log import StreamReader
 from weft_protocols.errors import WeftError
 from weft_protocols.resources import COORD, DECIDED
 

@@ -12,11 +12,11 @@ from a2a.types import a2a_pb2 as pb
 
 from weft.client import coordinator, reads
 from weft.client.coordinator import Heartbeat, Registration
+from weft.core.history import StreamReader
 from weft.core.home import Accounts
 from weft.core.keys import new_seed, write_seed
 from weft.testing.agents import Process, client, coordinator_process, eventually
 from weft_coordinator.service.settings import Settings
-from weft_coordinator.shell.log import StreamReader
 from weft_protocols import events, subjects
 from weft_protocols.errors import A2AError, InternalError, InvalidConfig, Unavailable, WeftError
 from weft_protocols.resources import STREAM

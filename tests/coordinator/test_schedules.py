@@ -15,12 +15,12 @@ from weft.client import coordinator
 from weft.core import cron
 from weft.core.broker import Broker, Stored
 from weft.core.config import parse_mesh_config
+from weft.core.history import StreamReader
 from weft.testing.agents import coordinator_process, eventually
 from weft.testing.invariants import read_log
 from weft_coordinator.decide.index import nanoseconds
 from weft_coordinator.decide.schedules import STARTED, UNSCHEDULED, Schedules
 from weft_coordinator.service.due import SCHEDULE, TARGET
-from weft_coordinator.shell.log import StreamReader
 from weft_protocols import headers as h
 from weft_protocols import ids
 from weft_protocols.errors import ApiError, InvalidConfig, PermissionDenied

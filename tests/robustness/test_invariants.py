@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from weft.core.history import COUNT
 from weft.testing.broker import BrokerMesh
-from weft.testing.invariants import PAGE, Effect, Entry, check, read_log
+from weft.testing.invariants import Effect, Entry, check, read_log
 from weft_protocols import headers as h
 from weft_protocols import ids, subjects
 from weft_protocols.records import HANDED_BACK, HELD, Claim
@@ -224,7 +225,7 @@ async def test_the_log_is_read_whole_in_order_and_with_headers(fresh_mesh: Broke
     await fresh_mesh.add_agent("a")
     caller, operator = await fresh_mesh.connect("local"), await fresh_mesh.connect("coordinator")
     try:
-        tasks = [ids.task_id("local", "a", f"m{i}") for i in range(PAGE + 3)]
+        tasks = [ids.task_id("local", "a", f"m{i}") for i in range(COUNT + 3)]
         for task in tasks:
             headers = h.block(h.fields({h.EXPECTED_SEQUENCE: "0", h.ORIGIN: "o"}))
             await caller.publish(subjects.task("a", "07", "local", task), b"body", headers=headers)

@@ -20,12 +20,12 @@ from weft.core.broker import Broker
 from weft.policy.model import Approval, Decision, Obligations
 from weft.sidecar import owed
 from weft.sidecar.approved import Approved, bound
-from weft.sidecar.pipeline import Call, Refusal
+from weft.sidecar.pipeline import Call, Outcome, Refusal
 from weft.testing.agents import Process, client, coordinator_process, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft.testing.policies import EVERYTHING, permit
 from weft_protocols import mcp
-from weft_protocols.errors import Fenced, TimedOut, Unavailable
+from weft_protocols.errors import Fenced, TimedOut, ToolError, Unavailable
 from weft_protocols.resources import AUDIT
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +55,7 @@ class Persons:
         self.states, self.uses = list(states), list(uses)
         self.asked: list[tuple[ToolCall, dict[str, Any]]] = []
         self.used: list[tuple[str, str]] = []
+        self.returned: list[tuple[str, str]] = []
 
     async def ask(self, wanted: ToolCall, **more: Any) -> ApprovalInfo:
         self.asked.append((wanted, more))
@@ -71,6 +72,12 @@ class Persons:
         if isinstance(told, Exception):
             raise told
         return told
+
+    async def give_back(self, id_: str, *, by: str) -> bool:
+        self.returned.append((id_, by))
+        if self.uses:
+            raise Unavailable("nobody leads")
+        return True
 
 
 async def refused(persons: Persons, call: Call = CALL) -> Refusal:
@@ -133,6 +140,32 @@ async def test_a_use_whose_answer_is_lost_is_repeated_as_the_same_use() -> None:
     assert len({by for _, by in persons.used}) == 1
     lost = Persons("approved", uses=[TimedOut("lost")] * 3)
     assert (await refused(lost)).code == mcp.PENDING
+
+
+@pytest.mark.parametrize(
+    ("code", "back"), [(mcp.PENDING, True), (mcp.CIRCUIT_OPEN, True), (mcp.LATE, False), (mcp.TOO_LARGE, False)]
+)
+async def test_what_was_used_for_a_call_that_was_not_made_is_given_back(code: int, back: bool) -> None:
+    persons = Persons("approved")
+    stage = Approved(persons)
+    passed = await stage.before(CALL)
+    assert isinstance(passed, Call)
+    outcome = Outcome(error=ToolError("no"), refused=Refusal(code, "no"))
+    assert await stage.after(passed, outcome) is outcome
+    assert persons.returned == (persons.used if back else [])
+
+
+async def test_what_cannot_be_given_back_changes_no_outcome() -> None:
+    persons = Persons("approved", uses=("", "left"))
+    stage = Approved(persons)
+    passed = await stage.before(CALL)
+    assert isinstance(passed, Call)
+    outcome = Outcome(error=ToolError("no"), refused=Refusal(mcp.BUSY, "no"))
+    assert await stage.after(passed, outcome) is outcome
+    assert persons.returned == persons.used
+    for ended in (Outcome(result={}), Outcome(error=ToolError("broken"))):
+        assert await Approved(kept := Persons()).after(passed, ended) is ended
+        assert kept.returned == []
 
 
 async def test_what_another_call_used_is_asked_for_anew() -> None:
@@ -244,6 +277,29 @@ async def test_an_agents_call_waits_for_persons_and_is_made_once(
     assert [one["id"] for one in why["approvals"]] == [first.id]
     assert [one["who"] for one in why["approvals"][0]["by"]] == ["ann"]
     assert why["rules"] == ["by-ops"]
+
+
+async def test_code_that_was_approved_asks_once_whatever_it_waits_for_inside(
+    stage: Any, mesh: BrokerMesh, unique: Callable[[str], str], rules: Any, operator: Broker
+) -> None:
+    pytest.importorskip("pydantic_monty", reason="needs the extra `code`")
+    server, code, name = await stage.runner(), await stage.code(), unique("coder")
+    agent = Agent(name, suspend_after=0.5)
+    source = f"[call('{server}.run', id=str(n)) for n in range(2)]"
+
+    @agent.skill("code")
+    async def run(task: Task) -> str:
+        result = await task.tools.call(f"{code}.run", code=source)
+        return str((result.refusal or {}).get("kind", "ok"))
+
+    async with running(mesh, agent), client(mesh) as caller, await caller.submit(name, "go") as handle:
+        asked = [await approve(operator, name) for _ in range(3)]
+        assert (await handle.result()).text == "ok"
+    assert [one.tool for one in asked] == ["run"] * 3
+    assert [one.server for one in asked] == [code, server, server]
+    assert len((await api.approvals(operator, agent=name, states=())).approvals) == 3
+    assert {(await api.approval(operator, one.id)).state for one in asked} == {"used"}
+    assert notes(stage, server) == 2
 
 
 async def test_a_framework_is_told_the_id_and_its_same_call_goes_through_once(

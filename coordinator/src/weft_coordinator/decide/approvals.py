@@ -2,16 +2,17 @@
 
 A request is known by what it is for (`Bound`): repeating it attaches to the one that is there and has its outcome; with
 anything else about it changed it is another request, and persons are asked anew. One approval can be used once, until
-it expires, for exactly what it was given.
+it expires, for exactly what it was given; whoever used it for a call that was not made after all gives it back.
 
 Events: `[approval-asked, facts]`, `[approval-decided, id, who, role, allow, reason]`, `[approval-used, id, by]`,
-`[approval-ended, id, how, why]` (expired, or withdrawn), `[approval-closed, agent, task, why]`: the task has ended.
+`[approval-returned, id]`, `[approval-ended, id, how, why]` (expired, or withdrawn), `[approval-closed, agent, task,
+why]`: the task has ended.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, astuple, dataclass, field, replace
 from hashlib import sha256
@@ -25,6 +26,7 @@ from weft_protocols.errors import Conflict, InvalidParams, PermissionDenied
 ASKED: Final = "approval-asked"
 DECIDED: Final = "approval-decided"
 USED: Final = "approval-used"
+RETURNED: Final = "approval-returned"
 ENDED: Final = "approval-ended"
 CLOSED: Final = "approval-closed"
 
@@ -43,6 +45,8 @@ REPLAYED: Final = 600_000
 """Milliseconds for which a settled request of no task answers the same request: with a task it does until that ends."""
 MAX_OF_TASK: Final = 1_000
 """Approvals of one task, settled ones included; without a task, of one caller."""
+MAX_OPEN: Final = 5_000
+"""Approvals of one agent that wait for a decision or a use: nobody could look at more."""
 
 _TaskKey = tuple[str, str]
 """Agent and task."""
@@ -177,7 +181,7 @@ class Approval:
 class Approvals:
     """The ledger of approvals."""
 
-    kinds: frozenset[str] = frozenset({ASKED, DECIDED, USED, ENDED, CLOSED})
+    kinds: frozenset[str] = frozenset({ASKED, DECIDED, USED, RETURNED, ENDED, CLOSED})
 
     def __init__(self) -> None:
         self.load(None)
@@ -225,13 +229,17 @@ class Approvals:
         something changed is withdrawn.
 
         Raises:
-            InvalidParams: too many of one task.
+            InvalidParams: too many of one task, or open ones of one agent.
         """
         id_, known = self.find(wanted.bound, now)
         if known is not None:
             return id_, self._late(known, now)
         if len(self._of_task.get(wanted.task_key, ())) >= MAX_OF_TASK:
             raise InvalidParams(f"task {wanted.bound.task} has asked for {MAX_OF_TASK} approvals; no more are taken")
+        if self._open_of[wanted.bound.agent] >= MAX_OPEN:
+            raise InvalidParams(
+                f"{MAX_OPEN} approvals of {wanted.bound.agent} wait for a decision or a use; no more are taken"
+            )
         events: list[Event] = []
         for other in self.of_task(*wanted.task_key):
             if other.state(now) in (PENDING, APPROVED) and _same_call(other.bound, wanted.bound):
@@ -296,6 +304,11 @@ class Approvals:
             return "", [(USED, id_, by)]
         return f"it is {state}" if state != SPENT else "it was used before", self._late(known, now)
 
+    def give_back(self, id_: str, *, by: str) -> list[Event]:
+        """The call for which `by` used it was not made; nothing where it was used by another one, or not at all."""
+        known = self._all.get(id_)
+        return [(RETURNED, id_)] if known is not None and known.used and by and known.by == by else []
+
     def withdraw(self, id_: str, why: str, *, now: int) -> list[Event]:
         """Nobody wants it any more."""
         known = self._all.get(id_)
@@ -352,6 +365,8 @@ class Approvals:
             self._put(known)
         elif kind == USED:
             self._put(replace(known, used=at, by=values[0], settled=at))
+        elif kind == RETURNED:
+            self._add(replace(known, used=0, by="", settled=0))
         else:
             how, why = values
             self._put(replace(known, ended=how, why=why, settled=at))
@@ -365,6 +380,8 @@ class Approvals:
         self._all: dict[str, Approval] = {}
         self._live: dict[str, None] = {}
         """Pending or approved."""
+        self._open_of: Counter[str] = Counter()
+        """How many of them each agent has."""
         self._of_task: dict[_TaskKey, dict[str, None]] = {}
         self._history: OrderedDict[str, None] = OrderedDict()
         told, history = dumped or ((), ())
@@ -381,10 +398,16 @@ class Approvals:
 
     def _put(self, approval: Approval) -> None:
         self._all[approval.id] = approval
+        agent = approval.bound.agent
         if not approval.settled:
+            self._open_of[agent] += approval.id not in self._live
             self._live[approval.id] = None
             return
-        self._live.pop(approval.id, None)
+        if approval.id in self._live:
+            del self._live[approval.id]
+            self._open_of[agent] -= 1
+            if not self._open_of[agent]:
+                del self._open_of[agent]
         if not approval.bound.task and approval.id not in self._history:
             self._over(approval)  # there is no task whose end could be waited for
 

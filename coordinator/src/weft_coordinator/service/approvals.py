@@ -49,7 +49,7 @@ TIDY_EVERY: Final = 60_000
 
 
 class ApprovalPart(Part):
-    """Operations `approval-request`, `-withdraw`, `-use`, `-decide`, `approval` and `approvals`.
+    """Operations `approval-request`, `-withdraw`, `-use`, `-return`, `-decide`, `approval` and `approvals`.
 
     Args:
         index: The tasks, to see whose a request is, and when it has ended.
@@ -93,6 +93,7 @@ class ApprovalPart(Part):
             "approval-request": self._request,
             "approval-withdraw": self._withdraw,
             "approval-use": self._use,
+            "approval-return": self._return,
             "approval-decide": self._decide,
             "approval": self._show,
             "approvals": self._list,
@@ -240,6 +241,15 @@ class ApprovalPart(Part):
         await stored
         state = known.state(self._clock()) if known is not None else ""
         return {"id": id_, "used": not refused[0], "state": state, "why": refused[0]}
+
+    async def _return(self, body: Body, caller: str) -> dict[str, Any]:
+        """A sidecar did not make the call for which it used an approval: whoever makes it again may use it."""
+        if caller != SIDECAR:
+            raise PermissionDenied("approval-return is for sidecars: an approval is given back by who used it")
+        fields = Fields(body)
+        id_, by = fields.text("id"), fields.token("by")
+        fields.check("approval-return")
+        return {"returned": bool(await self._leader.submit(lambda _: self._ledger.give_back(id_, by=by)))}
 
     # Deciding ----------------------------------------------------------------------------------
 

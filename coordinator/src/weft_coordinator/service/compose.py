@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft_coordinator.decide.approvals import Approvals
 from weft_coordinator.decide.found import Deadlocks
 from weft_coordinator.decide.graph import WaitGraph
@@ -36,7 +37,6 @@ from weft_coordinator.service.waking import TIMER, Waking
 from weft_coordinator.service.watch import Watchdog
 from weft_coordinator.shell.leader import Leader, Terms
 from weft_coordinator.shell.letters import LetterReader
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.mesh import LocalMesh
 from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.registry import RegistryStore

@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from weft.core.broker import Broker, Delivered
+from weft.core.history import StreamReader
 from weft.core.supervise import Tasks
 from weft_coordinator.decide import handback
 from weft_coordinator.decide.handback import Connections, Peer, Work
 from weft_coordinator.decide.index import Entry, TaskIndex
 from weft_coordinator.service.part import Part
 from weft_coordinator.shell.leader import Leader
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.tail import Tail
 from weft_protocols import subjects
 from weft_protocols.connections import COORDINATOR

@@ -15,8 +15,8 @@ from typing import Any, Final
 import msgpack
 
 from weft.core.broker import Broker, Delivered, Stored, Subscription
+from weft.core.history import Batch
 from weft.core.supervise import Tasks
-from weft_coordinator.shell.log import Batch
 from weft_coordinator.shell.store import Store
 from weft_protocols import subjects
 from weft_protocols.errors import BrokerError, ParseError, Unavailable, WeftError

@@ -20,8 +20,8 @@ from typing import Any, Final
 import msgpack
 
 from weft.core.broker import Broker, Stored, sequence_of
+from weft.core.history import StreamReader
 from weft_coordinator.decide.ledger import Event, Ledgers
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.tail import Rounds
 from weft_protocols import headers as h
 from weft_protocols.errors import Conflict, ParseError, TimedOut, Unreachable

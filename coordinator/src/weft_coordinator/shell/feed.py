@@ -6,8 +6,8 @@ import logging
 from typing import Final
 
 from weft.core.broker import Broker, Stored
+from weft.core.history import Batch, StreamReader
 from weft_coordinator.shell.copies import Copies
-from weft_coordinator.shell.log import Batch, StreamReader
 from weft_coordinator.shell.store import Store
 from weft_protocols import headers as h
 from weft_protocols.resources import ARCHIVED, COORD, STREAM

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from weft.core.broker import Stored
+from weft.core.history import Batch, StreamReader
 from weft_coordinator.decide.index import TaskIndex
 from weft_coordinator.shell.feed import BATCH, EVERYTHING, Mark
-from weft_coordinator.shell.log import Batch, StreamReader
 from weft_coordinator.shell.projection import Projection
 from weft_coordinator.shell.store import Store
 from weft_protocols.resources import STREAM

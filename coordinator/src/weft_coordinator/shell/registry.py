@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft_coordinator.decide.registry import AgentRecord
-from weft_coordinator.shell.log import StreamReader
 from weft_coordinator.shell.tail import Rounds
 from weft_protocols import headers as h
 from weft_protocols.errors import Backpressure, Conflict, ParseError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from weft.core.broker import Stored
+from weft.core.history import COUNT, SIZE, Batch, StreamReader
 from weft_coordinator.decide.index import Entry
-from weft_coordinator.shell.log import COUNT, SIZE, Batch, StreamReader
 from weft_coordinator.shell.store import Store
 from weft_protocols.resources import STREAM
 

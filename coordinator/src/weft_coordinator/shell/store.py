@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from weft.core.broker import Stored
+from weft.core.history import COUNT, SIZE, Batch
 from weft_coordinator.decide.index import ANY_AGENT, Changes, Entry, Watermark
 from weft_coordinator.decide.listing import Query, Selection
 from weft_coordinator.shell import pages, rows
 from weft_coordinator.shell.database import Damaged, Database, insert
 from weft_coordinator.shell.files import StateFile
-from weft_coordinator.shell.log import COUNT, SIZE, Batch
 from weft_protocols import subjects
 from weft_protocols.resources import STREAM
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from weft.core.broker import Broker
+from weft.core.history import Batch, StreamReader
 from weft_coordinator.decide.index import Entry
 from weft_coordinator.shell.copies import Copies
 from weft_coordinator.shell.database import Damaged
 from weft_coordinator.shell.feed import Feed, Mark
-from weft_coordinator.shell.log import Batch, StreamReader
 from weft_coordinator.shell.projection import Projection, Taken
 from weft_coordinator.shell.rebuild import Rebuild
 from weft_protocols import subjects

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft_coordinator.decide.index import Entry, nanoseconds
 from weft_coordinator.decide.watchdog import StreamSeen
-from weft_coordinator.shell.log import StreamReader
 from weft_protocols import subjects
 from weft_protocols.errors import A2AError
 from weft_protocols.records import HELD, Claim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -385,13 +385,15 @@ def shadow(folder: str, stop: bool, note: str, allow_unknown: bool, output: str)
 @command.command()
 @click.option("--against", "folder", required=True, metavar="DIR", help="The candidate.")
 @click.option("--strict", is_flag=True, help="Exit code 3 if a decision would be another.")
-@click.argument("records", metavar="[RECORDS.jsonl]", default="-")
+@click.option("--since", type=Since(), default="7d", help="Of the mesh's own only later ones: 15m, 2h, 7d or a time.")
+@click.option("--limit", type=click.IntRange(1, 1_000_000), default=10_000, help="Of these the last ones, so many.")
+@click.argument("records", metavar="[RECORDS.jsonl]", default="", type=click.Path(allow_dash=True))
 @_tools
 @output_option
-def replay(folder: str, strict: bool, records: str, file: str, output: str) -> int:
+def replay(folder: str, strict: bool, records: str, file: str, output: str, **last: int) -> int:
     """Decide about recorded requests by the policy in DIR, and show what would change.
 
-    RECORDS has one record a line, standard input if none is named.
+    The records are those of the mesh, or those of a file with one a line (`-`: standard input).
     """
     from weft.policy import compare
 
@@ -400,7 +402,7 @@ def replay(folder: str, strict: bool, records: str, file: str, output: str) -> i
     if known.catalog is None:
         raise click.UsageError(f"deciding needs the definitions of tools: {known.source} (--tools FILE gives them)")
     engine = _compiled(source.read_folder(folder), known.catalog, lenient=True).engine(known.catalog)
-    recorded, unreadable = _records(records)
+    recorded, unreadable = _records(records) if records else _of_mesh(last["since"] / 1000, last["limit"])
     result = compare.replay(engine, engine.needs, recorded)
     rows = [
         {
@@ -477,19 +479,38 @@ def _asked(asked: Mapping[str, Any]) -> tuple[CedarEngine, Request]:
     return running(bundle, known.catalog, version=number), request
 
 
+def _of_mesh(since: float, limit: int) -> tuple[list[Any], int]:
+    """The mesh's own records of decisions, and how many of them cannot be read."""
+    from weft.client import audit
+
+    return _readable(source.with_mesh(lambda broker: audit.decisions(broker, since=since, limit=limit)))
+
+
 def _records(path: str) -> tuple[list[Any], int]:
     """What can be read of a file of records, and how many lines cannot."""
     import json
 
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path} cannot be read as records: {error}") from None
+    lines: list[Any] = []
+    for line in text.splitlines():
+        if line.strip():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                lines.append(None)
+    return _readable(lines)
+
+
+def _readable(records: Iterable[Any]) -> tuple[list[Any], int]:
     from weft.policy.compare import Recorded
 
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     found, unreadable = [], 0
-    for line in text.splitlines():
-        if not line.strip():
-            continue
+    for one in records:
         try:
-            found.append(Recorded.decode(json.loads(line)))
+            found.append(Recorded.decode(one))
         except ValueError:
             unreadable += 1
     return found, unreadable

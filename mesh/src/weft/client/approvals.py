@@ -185,3 +185,12 @@ async def use(broker: Broker, id: str, wanted: ToolCall, *, by: str, timeout: fl
     """
     told = await call(broker, "approval-use", {**asdict(wanted), "id": id, "by": by}, caller=SIDECAR, timeout=timeout)
     return "" if told["used"] is True else str(told["why"]) or "it was refused"
+
+
+async def give_back(broker: Broker, id: str, *, by: str, timeout: float = TIMEOUT) -> bool:
+    """The call for which `by` used an approval was not made: it can be used again. Whether `by` had used it.
+
+    Raises Unavailable while no coordinator leads.
+    """
+    told = await call(broker, "approval-return", {"id": id, "by": by}, caller=SIDECAR, timeout=timeout)
+    return told["returned"] is True

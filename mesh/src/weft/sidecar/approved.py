@@ -18,7 +18,7 @@ from weft.client.approvals import ApprovalInfo, ToolCall
 from weft.core.broker import Broker
 from weft.policy.redaction import Redactor
 from weft.sidecar import owed
-from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
+from weft.sidecar.pipeline import MADE, Call, Outcome, Passing, Refusal
 from weft_protocols.audit import digest
 from weft_protocols.errors import BrokerError, Fenced, InvalidParams, WeftError
 from weft_protocols.mcp import DENIED, META_STEP, PENDING
@@ -37,6 +37,8 @@ SHOWN: Final = 12 * 1024
 LONGEST_KEY: Final = 1000
 LONGEST_NAME: Final = 200
 ROUNDS: Final = ("inputResponses", "requestState")
+_USED: Final = "approval"
+"""Fact: id of the approval that was used, and by which token."""
 METHODS: Final = ("tools/call", "prompts/get", "resources/read")
 
 
@@ -51,6 +53,10 @@ class Persons(Protocol):
 
     async def use(self, id_: str, wanted: ToolCall, *, by: str) -> str:
         """Empty if the call may be made now, else why not."""
+        ...
+
+    async def give_back(self, id_: str, *, by: str) -> bool:
+        """What `by` used can be used again: the call was not made."""
         ...
 
 
@@ -68,6 +74,9 @@ class _ByPersons:
     async def use(self, id_: str, wanted: ToolCall, *, by: str) -> str:
         return await api.use(self._broker, id_, wanted, by=by, timeout=ASK_WITHIN)
 
+    async def give_back(self, id_: str, *, by: str) -> bool:
+        return await api.give_back(self._broker, id_, by=by, timeout=ASK_WITHIN)
+
 
 def by_persons(broker: Broker) -> Persons:
     """Asks by the coordinator that leads."""
@@ -75,7 +84,11 @@ def by_persons(broker: Broker) -> Persons:
 
 
 class Approved(Passing):
-    """Lets a call pass that persons have approved, if the policy asks for that."""
+    """Lets a call pass that persons have approved, if the policy asks for that.
+
+    One that was not made after all, such as code that came to a call which needs another approval, gives its approval
+    back: making it again asks nobody anew.
+    """
 
     def __init__(self, persons: Persons) -> None:
         self._persons = persons
@@ -93,9 +106,10 @@ class Approved(Passing):
                 told = await self._ask(call, wanted)
                 if told.state != "approved":
                     return _refused(call, told)
-                why = await self._use(told.id, wanted)
+                by = uuid.uuid4().hex
+                why = await self._use(told.id, wanted, by)
                 if not why:
-                    return call.with_fact(owed.APPROVALS, [_said(told)])
+                    return call.with_fact(owed.APPROVALS, [_said(told)]).with_fact(_USED, (told.id, by))
                 log.info("approval %s cannot be used: %s", told.id, why)
         except (InvalidParams, Fenced) as error:
             return Refusal(
@@ -119,8 +133,17 @@ class Approved(Passing):
             details=self._details(call),
         )
 
-    async def _use(self, id_: str, wanted: ToolCall) -> str:
-        by = uuid.uuid4().hex
+    async def after(self, call: Call, outcome: Outcome) -> Outcome:
+        """Give back what was used for nothing."""
+        if _USED in call.facts and outcome.refused is not None and outcome.refused.code not in MADE:
+            id_, by = call.facts[_USED]
+            try:
+                await self._persons.give_back(id_, by=by)
+            except (WeftError, TimeoutError) as error:
+                log.warning("approval %s of a call that was not made is used up: %s", id_, error)
+        return outcome
+
+    async def _use(self, id_: str, wanted: ToolCall, by: str) -> str:
         for left in reversed(range(USES)):
             try:
                 return await self._persons.use(id_, wanted, by=by)

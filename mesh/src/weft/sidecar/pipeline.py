@@ -17,12 +17,14 @@ from typing import Any, Final, Protocol
 from weft.sidecar.guards import Guards
 from weft.sidecar.settings import Limits
 from weft_protocols.errors import ToolError
-from weft_protocols.mcp import CODES, INTERNAL_ERROR, LATE, META_REFUSAL
+from weft_protocols.mcp import CODES, INTERNAL_ERROR, LATE, META_REFUSAL, TOO_LARGE
 
 log = logging.getLogger("weft.sidecar")
 
 AFTER: Final = 5.0
 """Seconds that stages have for what comes after a call that was cancelled."""
+MADE: Final = (LATE, TOO_LARGE)
+"""Codes of refusals of what was answered, or might have been: of the others the server was not asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from weft.client.limits import SharedLimits
 from weft.policy.model import Limit, Request
 from weft.sidecar import owed
 from weft.sidecar.guards import EVERY_TOOL
-from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
-from weft_protocols.mcp import LATE, RATE_LIMITED, TOO_LARGE
+from weft.sidecar.pipeline import MADE, Call, Outcome, Passing, Refusal
+from weft_protocols.mcp import RATE_LIMITED
 
 COUNTED: Final = {"tools/call": "call", "prompts/get": "get", "resources/read": "read", "completion/complete": "get"}
 """Methods whose calls are counted, and what the policy calls them. Lists are not."""
@@ -50,7 +50,7 @@ class Rated(Passing):
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Do not count what was not made."""
         refused = outcome.refused
-        if _TAKEN not in call.facts or refused is None or refused.code in (LATE, TOO_LARGE):
+        if _TAKEN not in call.facts or refused is None or refused.code in MADE:
             return outcome
         limits, at = call.facts[_TAKEN]
         # What was to come in that time has come: to give back more would let more pass than the limit says.

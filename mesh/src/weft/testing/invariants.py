@@ -31,7 +31,6 @@ Effects are at least once: a body tried twice breaks no law. `Findings.repeated_
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,8 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
-from weft.core.broker import Broker, Delivered
+from weft.core.broker import Broker
+from weft.core.history import StreamReader
 from weft_protocols import headers as h
 from weft_protocols import subjects
 from weft_protocols.errors import InvalidName, WeftError
@@ -52,10 +52,6 @@ LAST_COUNTS: Final = (CHILDREN_KEY, ASKING_KEY, ROLLBACK_KEY)
 """Step keys whose last record counts."""
 LAST_OF_MANY: Final = ("_note-", f"{ROUTE_KEY}-")
 """How further such keys begin."""
-PAGE: Final = 500
-"""Messages read at a time."""
-PATIENCE: Final = 10.0
-"""Seconds one page may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,42 +140,22 @@ class _Task:
 async def read_log(broker: Broker, *, stream: str = STREAM) -> list[Entry]:
     """Every message of the stream, in order. `broker` must be connected inside account MESH.
 
-    Raises:
-        TimedOut, Unreachable: the broker does not answer.
+    Raises TimedOut, Unreachable: the broker does not answer.
     """
-    info = await broker.api(f"STREAM.INFO.{stream}")
-    last, entries = int(info["state"]["last_seq"]), list[Entry]()
-    while not entries or entries[-1].seq < last:
-        page = await _page(broker, stream, entries[-1].seq + 1 if entries else 1)
-        if not page:
-            break
-        entries += page
-    return entries
-
-
-async def _page(broker: Broker, stream: str, start: int) -> list[Entry]:
-    """Up to `PAGE` messages from `start` on, by one direct get of many answers."""
-    found: list[Entry] = []
-    complete = asyncio.Event()
-
-    def take(message: Delivered) -> None:
-        code, _ = h.status(message.headers)
-        if code:  # 204 ends a batch, 404 says there is nothing
-            complete.set()
-            return
-        values = h.parse(message.headers)
-        found.append(Entry(int(values["nats-sequence"]), values["nats-subject"], values, message.data))
-
-    inbox = broker.new_inbox()
-    subscription = await broker.subscribe(inbox, take)
+    reader = await StreamReader(broker).open()
+    entries: list[Entry] = []
     try:
-        request = b'{"seq":%d,"batch":%d,"next_by_subj":">"}' % (start, PAGE)
-        broker.send(f"$JS.API.DIRECT.GET.{stream}", request, reply=inbox)
-        async with asyncio.timeout(PATIENCE):
-            await complete.wait()
+        start, more = 1, True
+        while more:
+            batch = await reader.batch(stream, ">", start=start)
+            for one in batch.messages:
+                values = h.parse(one.headers)
+                entries.append(Entry(one.seq, one.subject, values, one.data))
+            more = batch.more and bool(batch.messages)
+            start = entries[-1].seq + 1 if entries else 1
     finally:
-        await subscription.close()
-    return found
+        await reader.close()
+    return entries
 
 
 def check(

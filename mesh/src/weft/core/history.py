@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 from weft.core.broker import Broker, Stored, Subscription
 from weft_protocols import headers as h
 from weft_protocols.accounts import DIRECT_GET
 from weft_protocols.errors import ApiError, TimedOut, TooLarge, Unreachable
-
-log = logging.getLogger("weft.coordinator")
 
 COUNT: Final = 1000
 """Messages asked for at a time."""
@@ -60,7 +58,7 @@ class StreamReader:
         self._reads: dict[bytes, _Read] = {}
         self._count = 0
         self._subscription: Subscription | None = None
-        broker.on_lost(self._lost)
+        self._forget = broker.on_lost(self._lost)
 
     async def open(self) -> Self:
         """Listen for answers. Once, before the first read."""
@@ -70,6 +68,7 @@ class StreamReader:
     async def close(self) -> None:
         """Stop listening; reads under way fail."""
         self._lost()
+        self._forget()
         if self._subscription is not None:
             await self._subscription.close()
 
@@ -84,6 +83,15 @@ class StreamReader:
         """
         body = {"seq": start, "next_by_subj": subject, "batch": count, "max_bytes": size}
         return await self._read(stream, body, single=False)
+
+    async def since(self, stream: str, subject: str, *, at: float) -> int:
+        """Sequence of the first message of a pattern that was stored at `at` (unix seconds) or later; 0 for none.
+
+        Raises what `batch` raises.
+        """
+        body = {"start_time": datetime.fromtimestamp(at, UTC).isoformat(), "next_by_subj": subject, "batch": 1}
+        found = await self._read(stream, body, single=False)
+        return found.messages[0].seq if found.messages else 0
 
     async def all(self, stream: str, subject: str, *, start: int = 1) -> list[Stored]:
         """Every message of a subject from sequence `start` on, to the end of the stream as it is now.
