@@ -328,6 +328,33 @@ async def test_a_branch_outside_of_the_block_is_not_told_of_its_loss(
         assert (await (await caller.submit(agent.name, "go")).result()).data == ["lost", "unharmed"]
 
 
+async def test_a_task_that_lost_its_lock_is_tried_again_but_nothing_inside_the_block(
+    mesh: BrokerMesh, unique: Unique, caller: weft.Mesh, operator: Broker
+) -> None:
+    agent, name = weft.Agent(unique("again"), retry=weft.RetryPolicy(initial=0.05)), unique("shaky")
+    tokens, tries = list[int](), list[int]()
+
+    @agent.skill()
+    async def work(task: weft.Task) -> int:
+        async with task.lock(name, wait=None) as lock:
+            tokens.append(lock.token)
+
+            async def body() -> int:
+                tries.append(task.attempt)
+                if task.attempt == 1:
+                    await coord.call(operator, "lock-release", {"name": name, "reason": "for the test"})
+                    await eventually(lambda: lock.lost)
+                return lock.token
+
+            return int(await task.step("write", body, step_options=weft.StepOptions(retries=5)))
+
+    async with running(mesh, agent):
+        told = (await (await caller.submit(agent.name, "go")).result()).data
+    assert tries == [1, 2]
+    assert tokens == [tokens[0], told]
+    assert told > tokens[0]
+
+
 async def test_what_a_task_left_locked_is_free_when_it_ends(
     mesh: BrokerMesh, unique: Unique, caller: weft.Mesh, operator: Broker
 ) -> None:

@@ -152,7 +152,7 @@ async def test_a_task_calls_with_its_lock_and_is_refused_once_it_is_lost(
     operator: Broker = await mesh.connect("operator")
     found: dict[str, Any] = {}
     checks: list[bool] = []
-    agent = Agent(unique("clerk"))
+    agent = Agent(unique("clerk"), attempts=1)
 
     @agent.skill("work")
     async def work(task: Task) -> str:

@@ -24,7 +24,7 @@
     ├── DeadlineExceeded            the deadline of a task, step or call passed
     │   └── LockTimeout             a lock was not granted within its `wait`
     ├── DeadlockError               chosen to break a deadlock; `cycle` names it       (retryable)
-    ├── LockLost                    a lock's lease ended, or an operator released it
+    ├── LockLost                    a lock's lease ended, or an operator released it          (retryable)
     ├── DelegationLoop              a chain of delegations is too long, or comes back  `kind`, `chain`
     ├── CircuitOpen                 calls to an agent fail, so none is made for now    (retryable)
     ├── ToolError                   a tool server, or the sidecar before it, answered with an error; `code` as data
@@ -179,7 +179,12 @@ class DeadlockError(WeftError):
 
 
 class LockLost(WeftError):
-    """A lock is not held any more: its lease ended or an operator released it. Stop what it protected."""
+    """A lock is not held any more: its lease ended or an operator released it. Stop what it protected.
+
+    Another attempt of the task can take it again; nothing inside its block can.
+    """
+
+    retryable = True
 
 
 class DelegationLoop(WeftError):

@@ -15,7 +15,7 @@ from weft.host.journal import scope
 from weft.host.retry import RetryPolicy, StepOptions
 from weft.host.run import Run
 from weft_protocols import ids
-from weft_protocols.errors import DeadlineExceeded
+from weft_protocols.errors import DeadlineExceeded, LockLost
 
 _KEY: ContextVar[str] = ContextVar("weft_idempotency_key", default="")
 
@@ -50,7 +50,8 @@ async def try_step(
                     late = isinstance(error, TimeoutError) and limit.expired()
                     if late and tries == policy.attempts:
                         raise DeadlineExceeded(f"step {key!r} took longer than {policy.timeout:g} s") from error
-                    if not late and (tries == policy.attempts or policy.ends(error)):
+                    final = isinstance(error, LockLost) or policy.ends(error)  # a lost lock stays lost in its block
+                    if not late and (tries == policy.attempts or final):
                         raise
                     pause = policy.pause(tries, error, random=random.random())
                 run.journal.rewind(key)
