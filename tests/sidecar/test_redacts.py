@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from weft.sidecar.weight import CHARACTERS
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
 from weft_protocols import mcp
-from weft_protocols.audit import AuditRecord
+from weft_protocols.audit import AuditRecord, Kind
 from weft_protocols.errors import InvalidConfig, ToolError
 from weft_protocols.resources import AUDIT, AUDIT_RECORDS
 
@@ -262,7 +262,7 @@ async def test_arguments_in_records_are_redacted_whatever_a_server_may_hand_out(
 async def test_what_a_notification_lost_is_in_the_record_and_not_in_the_result(broker: Broker) -> None:
     recorder = Recorder(broker)
     made: list[AuditRecord] = []
-    recorder.store_later = lambda record: _kept(made, record)  # type: ignore[method-assign]
+    recorder.store_later = _kept(recorder, made)  # type: ignore[method-assign]
     heard: list[Any] = []
 
     async def telling(call: Call) -> dict[str, Any]:
@@ -278,7 +278,7 @@ async def test_what_a_notification_lost_is_in_the_record_and_not_in_the_result(b
 async def test_what_a_notification_of_a_call_that_was_cut_off_lost_is_in_the_record(broker: Broker) -> None:
     recorder = Recorder(broker)
     made: list[AuditRecord] = []
-    recorder.store_later = lambda record: _kept(made, record)  # type: ignore[method-assign]
+    recorder.store_later = _kept(recorder, made)  # type: ignore[method-assign]
 
     async def telling(call: Call) -> dict[str, Any]:
         hearing(call, lambda *_: None)("notifications/message", {"data": LEAK})
@@ -290,8 +290,11 @@ async def test_what_a_notification_of_a_call_that_was_cut_off_lost_is_in_the_rec
     assert made[0].outcome["redactions"] == {"github-token": 1}
 
 
-async def _kept(made: list[AuditRecord], record: AuditRecord) -> None:
-    made.append(record)
+def _kept(recorder: Recorder, made: list[AuditRecord]) -> Callable[[Kind, Call, Outcome], Coroutine[Any, Any, None]]:
+    async def keep(kind: Kind, call: Call, outcome: Outcome) -> None:
+        made.append(recorder.made(kind, call, outcome))
+
+    return keep
 
 
 # Structured content --------------------------------------------------------------------------------

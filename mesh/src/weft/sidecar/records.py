@@ -37,6 +37,8 @@ SHOWN: Final = 16 * 1024
 """Bytes of arguments that a record has at most; of larger ones it has the digest."""
 BEFORE: Final = 5.0
 """Seconds an intent has to be stored."""
+BREATH: Final = 0.002
+"""Seconds in which an answer gets out before its record is made."""
 BEHIND: Final = 256
 """Outcomes that are being stored; with more, calls wait for theirs."""
 
@@ -99,12 +101,19 @@ class Recorder:
         lines = h.block(h.fields({h.DEDUPLICATION_ID: f"{record.id}:{record.kind}"}))
         await self._broker.publish(record.subject, record.encode(), headers=lines, timeout=timeout)
 
-    async def store_later(self, record: AuditRecord) -> None:
-        """Have a record stored, and wait for that only where too many are being stored."""
+    async def store_later(self, kind: Kind, call: Call, outcome: Outcome) -> None:
+        """Have the record of an outcome made and stored, after whoever waits for the answer has it.
+
+        Waits for that only where too many are being stored.
+        """
         if len(self._tasks) < BEHIND:
-            self._tasks.start(self._kept(record), name=f"record {record.id}")
+            self._tasks.start(self._behind(kind, call, outcome), name="an audit record")
         else:
-            await self._kept(record)
+            await self._kept(kind, call, outcome)
+
+    async def _behind(self, kind: Kind, call: Call, outcome: Outcome) -> None:
+        await asyncio.sleep(BREATH)
+        await self._kept(kind, call, outcome)
 
     async def aclose(self) -> None:
         """Store what is under way, for a while."""
@@ -115,12 +124,12 @@ class Recorder:
             log.error("%d audit records are not known to be stored", len(self._tasks))
         await self._tasks.aclose()
 
-    async def _kept(self, record: AuditRecord) -> None:
+    async def _kept(self, kind: Kind, call: Call, outcome: Outcome) -> None:
         try:
-            await self.store(record, timeout=15.0)
+            await self.store(await self.written(kind, call, outcome), timeout=15.0)
         except (BrokerError, ValueError, RecursionError) as error:
             self.lost += 1
-            log.error("audit record %s of %s is not stored: %s", record.kind, record.id, error)
+            log.error("the %s of call %s is not stored: %s", kind, call.facts.get(owed.CALL, ""), error)
 
     def _what(self, call: Call) -> dict[str, Any]:
         arguments = dict(call.arguments)
@@ -181,7 +190,7 @@ class Recorded(Passing):
         stored = owed.RECORD in last.facts or owed.REPLAYED in last.facts
         if call.method in RECORDED or outcome.refused is not None:
             kind: Kind = "outcome" if stored or outcome.refused is None else "denial"
-            await self._recorder.store_later(await self._recorder.written(kind, last, outcome))
+            await self._recorder.store_later(kind, last, outcome)
         return outcome
 
 
