@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -259,10 +259,19 @@ async def test_arguments_in_records_are_redacted_whatever_a_server_may_hand_out(
     assert MAIL not in json.dumps(denial.outcome)
 
 
+class Kept(Recorder):
+    """Records that are kept here."""
+
+    def __init__(self, broker: Broker) -> None:
+        super().__init__(broker)
+        self.kept: list[AuditRecord] = []
+
+    async def store_later(self, kind: Kind, call: Call, outcome: Outcome) -> None:
+        self.kept.append(self.made(kind, call, outcome))
+
+
 async def test_what_a_notification_lost_is_in_the_record_and_not_in_the_result(broker: Broker) -> None:
-    recorder = Recorder(broker)
-    made: list[AuditRecord] = []
-    recorder.store_later = _kept(recorder, made)  # type: ignore[method-assign]
+    recorder = Kept(broker)
     heard: list[Any] = []
 
     async def telling(call: Call) -> dict[str, Any]:
@@ -272,13 +281,11 @@ async def test_what_a_notification_lost_is_in_the_record_and_not_in_the_result(b
     result = await Pipeline([Recorded(recorder), Redacts()]).run(CALL, telling)
     assert heard == [("notifications/message", {"data": GONE})]
     assert "_meta" not in result
-    assert made[0].outcome["redactions"] == {"github-token": 1}
+    assert recorder.kept[0].outcome["redactions"] == {"github-token": 1}
 
 
 async def test_what_a_notification_of_a_call_that_was_cut_off_lost_is_in_the_record(broker: Broker) -> None:
-    recorder = Recorder(broker)
-    made: list[AuditRecord] = []
-    recorder.store_later = _kept(recorder, made)  # type: ignore[method-assign]
+    recorder = Kept(broker)
 
     async def telling(call: Call) -> dict[str, Any]:
         hearing(call, lambda *_: None)("notifications/message", {"data": LEAK})
@@ -287,14 +294,7 @@ async def test_what_a_notification_of_a_call_that_was_cut_off_lost_is_in_the_rec
     stages = [Recorded(recorder), Redacts(), ResponseSize()]
     result = await Pipeline(stages).run(replace(CALL, limits=Limits(response_bytes=100)), telling)
     assert result["_meta"][mcp.META_REFUSAL]["kind"] == "too_large"
-    assert made[0].outcome["redactions"] == {"github-token": 1}
-
-
-def _kept(recorder: Recorder, made: list[AuditRecord]) -> Callable[[Kind, Call, Outcome], Coroutine[Any, Any, None]]:
-    async def keep(kind: Kind, call: Call, outcome: Outcome) -> None:
-        made.append(recorder.made(kind, call, outcome))
-
-    return keep
+    assert recorder.kept[0].outcome["redactions"] == {"github-token": 1}
 
 
 # Structured content --------------------------------------------------------------------------------
