@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,38 @@ LATE = 0.9
 
 
 def workers() -> set[int]:
-    """Processes of Monty that this process started."""
-    found = set()
+    """Processes of Monty below this one, in whatever sandbox."""
+    below: dict[int, list[int]] = {}
+    named = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid() and "monty" in (entry / "comm").read_text():
-                found.add(int(entry.name))
+            name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
         except OSError:
             continue
+        state, parent = rest.split()[:2]
+        below.setdefault(int(parent), []).append(int(entry.name))
+        if name.startswith("monty") and state != "Z":
+            named.add(int(entry.name))
+    found: set[int] = set()
+    left = [os.getpid()]
+    while left:
+        own = below.get(left.pop(), [])
+        left += own
+        found.update(named.intersection(own))
     return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def problem(result: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +269,73 @@ async def test_a_worker_that_dies_fails_its_call_only(stage: Any) -> None:
     assert (await stage.python(server, "1"))["structuredContent"] == {"result": 1}
 
 
+async def test_what_is_killed_from_outside_leaves_no_code_that_runs(stage: Any) -> None:
+    """Whoever kills what looks after a worker, as Monty's pool does, has killed the worker."""
+    server, other = await stage.code(code={"seconds": 300}), await stage.runner()
+    source = f"call('{other}.run', code=\"note('here')\")\nwhile True: pass"
+    dying = asyncio.create_task(stage.python(server, source))
+    await eventually((stage.state(other) / "notes").exists)
+    [pid] = workers()
+    around = parent_of(pid)
+    assert around != os.getpid(), "it runs in no sandbox"
+    os.kill(around, 9)
+    assert problem(await dying)["kind"] == "crash"
+    await eventually(lambda: not alive(pid))
+
+
+PROBE = """#!{python}
+import os, pathlib, socket, sys
+def tried(what):
+    try:
+        what()
+    except OSError as error:
+        return "no"
+    return "yes"
+print(*sys.argv[1:])
+print("read", tried(lambda: open("{secret}").read()))
+print("write", tried(lambda: open("{folder}/written", "w").write("x")))
+print("temporary", tried(lambda: open("/tmp/weft-written", "w").write("x")))
+print("connect", tried(lambda: socket.create_connection(("127.0.0.1", {port}), timeout=2)))
+"""
+
+
+def test_a_worker_reaches_neither_files_nor_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were there a way out of Monty, the process would be of little use."""
+    from weft.sidecar.code.worker import Worker
+    from weft.sidecar.guards import CodeRules, SandboxRules
+    from weft.sidecar.sandbox import choose
+
+    if choose(SandboxRules()).degraded:
+        pytest.skip("this machine has no sandbox that keeps files and network away")
+    secret, program = tmp_path / "secret", tmp_path / "bin" / "monty"
+    secret.write_text("s")
+    program.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        text = PROBE.format(python=sys.executable, secret=secret, folder=tmp_path, port=server.getsockname()[1])
+        program.write_text(text)
+        program.chmod(0o755)
+        assert "no" not in subprocess.run([program, "x"], capture_output=True, text=True, check=True).stdout
+        monkeypatch.setenv("MONTY_BIN", str(program))
+        worker = Worker(SandboxRules(), CodeRules())
+        assert worker.path is not None
+        run = subprocess.run([worker.path, "a b"], capture_output=True, text=True, check=False)
+        worker.close()
+    assert run.stdout.splitlines() == ["a b", "read no", "write no", "temporary no", "connect no"], run.stderr
+    assert not worker.path.parent.exists()
+
+
+def test_where_it_may_run_without_it_says_so_and_where_it_must_not_it_does_not_start() -> None:
+    from weft.sidecar.code.worker import Worker
+    from weft.sidecar.guards import CodeRules, SandboxRules
+    from weft.sidecar.sandbox import Level
+
+    assert Worker(SandboxRules(off=True), CodeRules()).path is None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("weft.sidecar.sandbox.choose", lambda _: Level("rlimits", "for the test"))
+        with pytest.raises(ToolError, match="must run in sandlock at least, and there is only rlimits"):
+            Worker(SandboxRules(level="sandlock"), CodeRules())
+
+
 @pytest.mark.parametrize("source", ["while True: pass", "call(other, code='import time; time.sleep(60)')"])
 async def test_leaving_ends_it(stage: Any, source: str) -> None:
     server, other = await stage.code(code={"seconds": 300}), await stage.runner()
@@ -302,6 +392,7 @@ async def test_the_least_and_the_most_that_can_be_set(stage: Any) -> None:
 async def test_without_a_free_process_a_call_is_told_to_come_again() -> None:
     from weft.sidecar.code.journal import Journals
     from weft.sidecar.code.link import CodeLink
+    from weft.sidecar.guards import Guards
     from weft.sidecar.inside import InName
     from weft.sidecar.pipeline import Call, Refused
     from weft.sidecar.settings import Limits
@@ -311,7 +402,8 @@ async def test_without_a_free_process_a_call_is_told_to_come_again() -> None:
         params = {"name": "run", "arguments": {"code": source}}
         return Call("local", "code", "tools/call", "run", params, deadline=time.time() + 20)
 
-    link = await CodeLink.start(Limits(concurrency=1, queue_timeout=0.2), Journals(None))  # type: ignore[arg-type]
+    limits = Limits(concurrency=1, queue_timeout=0.2)
+    link = await CodeLink.start(limits, Journals(None), Guards())  # type: ignore[arg-type]
     within = InName(None, call("1"))  # type: ignore[arg-type]
     first = asyncio.create_task(link.perform(call("import time\ntime.sleep(9)"), within))
     await eventually(workers)

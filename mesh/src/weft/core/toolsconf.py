@@ -123,8 +123,10 @@ def _builtin_mistakes(server: ToolServer) -> list[str]:
     found = []
     if server.builtin not in BUILTINS:
         found.append(f"there is no builtin {server.builtin!r}; there are: {', '.join(BUILTINS)}")
-    outside = ("secrets", "egress", "sandbox")
-    found += [f"a builtin has no {name}" for name in outside if name in server.settings]
+    found += [f"a builtin has no {name}" for name in ("secrets", "egress") if name in server.settings]
+    box = server.settings.get("sandbox")
+    reach = [name for name in ("read", "write", "network") if isinstance(box, Mapping) and name in box]
+    found += [f"a builtin's sandbox has no {name}: it reaches neither files nor the network" for name in reach]
     found += [f"a builtin has no {name}" for name in ("env", "headers_env", "cwd") if getattr(server, name)]
     return found
 

@@ -42,10 +42,10 @@ class Connector:
 
     async def __call__(self, server: ToolServer, on_event: Heard) -> Link:
         """A link to a server. Raises LinkEnded, or ToolError that says what is missing or not allowed."""
+        guards = guards_of(server.settings, f"settings of {server.name}")
         if server.builtin:
             limits = limits_of(server.settings, f"settings of {server.name}")
-            return await CodeLink.start(limits, Journals(self._broker))
-        guards = guards_of(server.settings, f"settings of {server.name}")
+            return await CodeLink.start(limits, Journals(self._broker), guards, private=self._private)
         more = 2 * max(0, limits_of(server.settings).response_bytes - Limits().response_bytes)
         sent, values = await resolve(guards.secrets, server.name)
         if server.url:

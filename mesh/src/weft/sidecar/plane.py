@@ -258,7 +258,7 @@ class Plane:
             _asked(request),
             limits=served.upstream.limits,
             guards=served.upstream.guards,
-            facts={"sandbox": served.upstream.sandbox.name} if served.server.transport == "stdio" else {},
+            facts={"sandbox": served.upstream.sandbox.name} if served.server.transport != "http" else {},
             definition=definition,
             definition_digest=digest,
             quarantine=quarantine,

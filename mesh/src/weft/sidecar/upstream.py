@@ -82,7 +82,12 @@ class Upstream:
     @property
     def sandbox(self) -> Level:
         """In what its processes run; nothing, for a server at an address."""
-        return choose(self.guards.sandbox) if self.server.transport == "stdio" else Level(NONE, "it runs elsewhere")
+        return choose(self.guards.sandbox) if self._here else Level(NONE, "it runs elsewhere")
+
+    @property
+    def _here(self) -> bool:
+        """Whether it is processes of this machine."""
+        return self.server.transport != "http"
 
     @property
     def failure(self) -> str:
@@ -237,15 +242,15 @@ class Upstream:
     @property
     def state(self) -> dict[str, Any]:
         """For operators."""
-        sessions, stdio = self.sessions, self.server.transport == "stdio"
+        sessions = self.sessions
         return {
             "sessions": len(sessions),
             "busy": sum(one.busy for one in sessions),
             "restarts": self.restarts,
             "version": sessions[0].identity.version if sessions else "",
             "failure": self.failure,
-            "sandbox": self.sandbox.name if stdio else "",
-            "degraded": self.sandbox.why if stdio and self.sandbox.degraded else "",
+            "sandbox": self.sandbox.name if self._here else "",
+            "degraded": self.sandbox.why if self._here and self.sandbox.degraded else "",
         }
 
 

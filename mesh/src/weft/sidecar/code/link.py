@@ -11,16 +11,17 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from weft.core.toolsconf import CODE_INSTALL, builtin_fault
 from weft.sidecar.code import answers, names
 from weft.sidecar.code.journal import Journal, Journals, key
-from weft.sidecar.code.run import RESERVED, OverLimit, Run, Suspended
+from weft.sidecar.code.run import PRELUDE, RESERVED, OverLimit, Run, Suspended
 from weft.sidecar.code.values import TooMuch, as_json
-from weft.sidecar.guards import CodeRules
+from weft.sidecar.code.worker import Worker
+from weft.sidecar.guards import CodeRules, Guards
 from weft.sidecar.inside import Within
 from weft.sidecar.link import Heard, LinkEnded
 from weft.sidecar.pipeline import Call, Refusal, Refused
@@ -78,30 +79,36 @@ LIST: Final[dict[str, Any]] = {
 class CodeLink:
     """See `Link` and `Inside`. `CodeLink.start` makes one."""
 
-    def __init__(self, pool: monty.AsyncMonty, journals: Journals) -> None:
+    def __init__(self, pool: monty.AsyncMonty, journals: Journals, worker: Worker) -> None:
         self.ended = asyncio.Event()
         self.reason = ""
         self._pool = pool
         self._journals = journals
         self._stack = AsyncExitStack()
+        self._stack.callback(worker.close)
         self._running: set[asyncio.Timeout] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @classmethod
-    async def start(cls, limits: Limits, journals: Journals) -> Self:
-        """Get ready to run code. Raises ToolError if Monty is not installed, or its worker does not start."""
+    async def start(cls, limits: Limits, journals: Journals, guards: Guards, *, private: Sequence[str] = ()) -> Self:
+        """Get ready to run code, in processes that may not read what is `private`.
+
+        Raises ToolError if Monty is not installed, or its worker does not start.
+        """
         if fault := builtin_fault("code"):
             raise ToolError(fault, code=UPSTREAM_FAILED)
         import pydantic_monty as monty
 
+        worker = await asyncio.to_thread(Worker, guards.sandbox, guards.code, private=private)
         pool = monty.AsyncMonty(
+            binary_path=worker.path,
             min_processes=0,  # none for calls that may never come
             max_processes=limits.concurrency,
             max_checkouts_per_worker=1,
             checkout_timeout=limits.queue_timeout,
         )
-        made = cls(pool, journals)
+        made = cls(pool, journals, worker)
         try:
             await made._stack.enter_async_context(pool)
             async with pool.checkout() as session:  # so that what is wrong with it is known before it is needed
@@ -235,9 +242,12 @@ class CodeLink:
 
 async def _entered(stack: AsyncExitStack, session: monty.AsyncMontySession) -> None:
     """Get a process for a session. Raises ToolError if none can be started."""
+    import pydantic_monty as monty
+
     try:
         await stack.enter_async_context(session)
-    except RuntimeError as error:
+        await session.feed_run(PRELUDE)
+    except (RuntimeError, monty.MontyCrashedError) as error:
         raise ToolError(f"no process to run code in can be started: {error}", code=UPSTREAM_FAILED) from None
 
 

@@ -92,14 +92,13 @@ class Run:
     async def drive(
         self, session: monty.AsyncMontySession, code: str, inputs: Mapping[str, Any], printed: monty.CollectString
     ) -> Any:
-        """Run the code to its end; the value of its last expression.
+        """Run the code to its end, in a session that has run `PRELUDE`; the value of its last expression.
 
         Raises OverLimit, Suspended, and Monty's errors.
         """
         import pydantic_monty as monty
 
         self._source = code.encode(errors="replace")
-        await session.feed_run(PRELUDE)
         given = {**inputs, "tools": self._object(Tools(), ())}
         now = await session.feed_start(code, inputs=given, print_callback=printed)
         while not isinstance(now, monty.MontyComplete):
