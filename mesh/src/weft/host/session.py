@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgpack
@@ -214,12 +214,12 @@ class Session:
         to = self._hand_on(lock) if self._held.pop(lock.request, None) is lock else []
         self._unpromise(lock)
         lock.gone = lock.gone or "it was given back"
-        self._give(lock.request, lock.run.task_id, lock.claim, token=lock.granted, to=to)
+        body = {"task": lock.run.task_id, "request": lock.request, "claim": lock.claim, "token": lock.granted, "to": to}
+        self._give(lock.request, body, patient=len(to) == len(lock.names))  # else others may wait for it
 
-    def _give(self, request: str, task_id: str, claim: int, *, token: int = 0, to: Sequence[str] = ()) -> None:
-        body = {"task": task_id, "request": request, "claim": claim, "token": token, "to": to}
+    def _give(self, request: str, body: dict[str, Any], *, patient: bool = False) -> None:
         self._giving[request] = body
-        self._send_back(request, body, patient=bool(to))
+        self._send_back(request, body, patient=patient)
 
     # What was promised -------------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ class Session:
         lock = self._asked.get(request) or self._held.get(request)
         if lock is None:
             if state == "granted" and request not in self._giving:
-                self._give(request, str(told["task"]), int(told["claim"]))
+                self._give(request, {"task": str(told["task"]), "request": request, "claim": int(told["claim"])})
             return
         waits = request in self._asked and lock.outcome is not None and not lock.outcome.done()
         if state == "granted":
