@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -367,6 +368,9 @@ async def test_without_the_broker_a_sidecar_goes_on_with_the_policy_it_has(
         assert await do("nothing")
         await fresh_mesh.server.stop()
         assert [await do("nothing"), await do("text")] == [True, False]
+        begun = time.monotonic()
+        await service.aclose()
+        assert time.monotonic() - begun < 10, "it cannot be stopped without a broker either"
 
 
 async def test_a_sidecar_that_could_not_read_the_policy_allows_nothing(operator: Broker) -> None:

@@ -48,6 +48,8 @@ MODE: Final = "mode"
 FRESH: Final = 90.0
 """Seconds for which what a sidecar told of itself is believed."""
 UNREAD: Final = "which policy holds could not be read yet; try again"
+FAREWELL: Final = 2.0
+"""Seconds a sidecar that ends has to say so; without a broker it cannot."""
 TRIES: Final = 8
 SMALLEST_ROOM: Final = 4096
 """Bytes of a message that are left for what is around a policy."""
@@ -303,8 +305,9 @@ class PolicyFollower:
     async def aclose(self) -> None:
         """Tell that this sidecar decides nothing any more."""
         try:
-            await self._store.forget(self._replica)
-        except BrokerError as error:
+            async with asyncio.timeout(FAREWELL):
+                await self._store.forget(self._replica)
+        except (BrokerError, TimeoutError) as error:
             log.debug("it is not told that %s has ended: %s", self._replica, error)
 
     def outdate(self) -> None:
