@@ -301,7 +301,7 @@ class Detector(Part):
     async def _resolve(self, core: Core, key: frozenset[str]) -> None:
         try:
             if core.overtake:
-                self._let_pass(core)
+                self._let_pass_now(core)
                 return
             if not await self._confirmed(core):
                 self._doubt(core, self._doubts[key].times + 1 if key in self._doubts else 0)
@@ -364,6 +364,14 @@ class Detector(Part):
         if question is not None and not question.done():
             question.set_result(body.get("waits") is True)
         answer({})
+
+    def _let_pass_now(self, core: Core) -> None:
+        """The same circle may have been opened meanwhile, by somebody else who went before his turn."""
+        again = self.graph.check(core.cycle[0].task) if self._leader.leading else None
+        if again is not None and again.overtake:
+            self._let_pass(again)
+        elif again is not None:
+            self._doubt(again, 0)
 
     def _let_pass(self, core: Core) -> None:
         """Nobody has to give way: one that only waits for its place in a queue goes before its turn."""
