@@ -25,6 +25,9 @@ from weft_protocols import ids, subjects
 AGENT: Final = ROOT / "bench" / "lock_agent.py"
 LOADED: Final = "loaded"
 """The agent whose tasks fill the graph."""
+SPREAD: Final = "spread"
+"""The agent that has several replicas."""
+REPLICAS: Final = 4
 WAITERS: Final = 64
 PAIRS: Final = 200
 TREE: Final = 1000
@@ -34,16 +37,22 @@ AT_ONCE: Final = 500
 
 
 async def run(*, cycles: int = 2000, tasks: int = 100_000, edges: int = 120_000) -> dict[str, Any]:
-    """Measure `cycles` locks alone, as many by 64 tasks on one name, and deadlocks in a graph of that size."""
+    """Measure `cycles` locks alone, as many by 64 tasks on one name, of one replica and of several, and deadlocks.
+
+    Those are found with nothing else, and in a graph of that size.
+    """
     async with AsyncExitStack() as stack:
-        mesh = await stack.enter_async_context(await start_test_mesh(["locker", LOADED]))
+        mesh = await stack.enter_async_context(await start_test_mesh(["locker", LOADED, SPREAD]))
         children = await stack.enter_async_context(Children())
         await _coordinator(children, mesh.home)
         await replica(children, mesh.home, target=AGENT, agent="locker")
+        for _ in range(REPLICAS):
+            await replica(children, mesh.home, target=AGENT, agent=SPREAD)
         caller = await stack.enter_async_context(weft.connect("local", home=mesh.home))
         await _cycles(caller, "warm", tasks=1, each=200)
         alone = await _cycles(caller, "alone", tasks=1, each=cycles)
         together = await _cycles(caller, "together", tasks=WAITERS, each=max(1, cycles // WAITERS))
+        apart = await _cycles(caller, "apart", tasks=WAITERS, each=max(1, cycles // WAITERS), agent=SPREAD)
         before = await _deadlocks(caller, PAIRS // 4)
         loaded, sender, operator = [await mesh.connect(name) for name in (LOADED, "local", "operator")]
         for broker in (loaded, sender, operator):
@@ -56,6 +65,7 @@ async def run(*, cycles: int = 2000, tasks: int = 100_000, edges: int = 120_000)
     return {
         "alone": alone,
         "together": {**together, "waiters": WAITERS},
+        "apart": {**apart, "replicas": REPLICAS},
         "deadlock_empty": before,
         "deadlock_full": {**full, **told},
         "found": found,
@@ -70,9 +80,9 @@ async def _coordinator(children: Children, home: Path) -> None:
     await children.said(child, b"ready")
 
 
-async def _cycles(caller: weft.Mesh, name: str, *, tasks: int, each: int) -> dict[str, Any]:
+async def _cycles(caller: weft.Mesh, name: str, *, tasks: int, each: int, agent: str = "locker") -> dict[str, Any]:
     message = {"name": name, "count": each}
-    handles = [await caller.submit("locker", message, skill="cycle") for _ in range(tasks)]
+    handles = [await caller.submit(agent, message, skill="cycle") for _ in range(tasks)]
     told = [(await handle.result()).data for handle in handles]
     took = sorted(one for task in told for one in task["took"])
     seconds = max(task["ended"] for task in told) - min(task["begun"] for task in told)

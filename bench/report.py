@@ -175,6 +175,7 @@ def _locks(result: dict[str, Any]) -> Iterable[str]:
     yield f"Locks: {alone['count']} taken and given back one after the other, p99 {alone['p99_ms']:.2f} ms"
     yield _goal("taken alone, p50 in ms", alone["p50_ms"], 2.0, less=True)
     yield _goal(f"{together['waiters']} tasks on one name: taken and given back a second", together["rate"], 1_500)
+    yield f"  the same by tasks of {result['apart']['replicas']} replicas: {result['apart']['rate']:,.0f}"
     for name, found in (("nothing else waits", result["deadlock_empty"]), ("a full graph", result["deadlock_full"])):
         said = f"p50 {found['p50_ms']:.1f} ms, max {found['max_ms']:.1f} ms"
         yield f"  deadlock, from its last wait until a task is told, {name}: {said}, {found['count']} found"
