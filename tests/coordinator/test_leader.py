@@ -226,6 +226,33 @@ async def test_a_commit_whose_acknowledgement_is_lost_is_stored_once_and_deposes
     assert (await nodes.fresh()).tally.sums == {"x": 2}
 
 
+async def test_a_commit_that_is_stored_after_the_log_was_read_anew_is_read_like_anybodys(nodes: Nodes) -> None:
+    """Its leader was deposed while the broker stood still; without it the next reign would begin with less than all."""
+    one = await nodes.node("a")
+    await one.add("x")
+    publish, go = one.broker.publish_once, asyncio.Event()
+
+    async def late(subject: str, data: bytes, **options: Any) -> tuple[bytes, bytes | None]:
+        if subject == DECIDED:
+            await go.wait()
+        return await publish(subject, data, **options)
+
+    one.broker.publish_once = lambda *args, **options: asyncio.ensure_future(late(*args, **options))  # type: ignore[method-assign]
+    pending = one.leader.submit(lambda now: [("add", "y", 1)])
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError):
+        one.leader.submit(lambda now: [("add", "poison", 1)])
+    await one.decided.sync()
+    assert one.tally.sums == {"x": 1}
+    go.set()
+    with pytest.raises(Unavailable):
+        await pending
+    await eventually(lambda: one.leader.leading)
+    assert one.tally.sums == {"x": 1, "y": 1}
+    await one.add("z")
+    assert (await nodes.fresh()).tally.sums == {"x": 1, "y": 1, "z": 1}
+
+
 @pytest.mark.parametrize("event", [("add", "poison", 1), ("add", "x", 1, object())], ids=["fold", "write"])
 async def test_an_event_that_cannot_be_folded_or_written_leaves_no_trace_and_the_leader_goes_on(
     nodes: Nodes, event: Event
@@ -307,6 +334,38 @@ async def test_only_the_leader_can_make_a_snapshot(nodes: Nodes) -> None:
     with pytest.raises(Unavailable):
         await one.add("phantom")
     assert await one.reader.last(COORD, f"{SNAPSHOTS}.head") is None
+
+
+async def test_a_snapshot_that_is_late_is_not_taken_for_one_of_what_was_read_meanwhile(nodes: Nodes) -> None:
+    one, two = await nodes.node("a"), await nodes.node("b")
+    head = f"{SNAPSHOTS}.head"
+    publish, held, go, tried = one.broker.publish_once, asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def late(subject: str, data: bytes, **options: Any) -> tuple[bytes, bytes | None]:
+        try:
+            return await publish(subject, data, **options)
+        finally:
+            if subject == head:
+                tried.set()
+            elif subject.startswith(SNAPSHOTS):
+                held.set()
+                await go.wait()
+
+    one.broker.publish_once = lambda *args, **options: asyncio.ensure_future(late(*args, **options))  # type: ignore[method-assign]
+    one.decided.since_snapshot, one.decided.snapshot_after = 10, 5
+    await one.add("x")
+    await held.wait()
+    two.leader.are_gone(["a"])
+    await eventually(lambda: two.leader.leading)
+    await two.add("y")
+    with pytest.raises(ValueError):
+        one.leader.submit(lambda now: [("add", "poison", 1)])
+    await one.decided.sync()
+    go.set()
+    await tried.wait()
+    await two.add("z")
+    assert (await nodes.fresh()).tally.sums == {"x": 1, "y": 1, "z": 1}
+    assert await one.reader.last(COORD, head) is None
 
 
 async def test_a_lease_that_is_no_lease_hinders_nobody(nodes: Nodes) -> None:

@@ -86,6 +86,8 @@ class DecidedLog(Rounds):
         self._broker = broker
         self._reader = reader
         self._doubtful = True
+        self._readings = 0
+        """How often everything was read anew."""
 
     def doubt(self) -> None:
         """What is folded here may not be what is stored: read everything anew at the next `sync`."""
@@ -132,6 +134,7 @@ class DecidedLog(Rounds):
 
     async def _begin(self) -> None:
         """Be what the last snapshot says, or empty."""
+        self._readings += 1
         self.epoch = self.number = self.sequence = self.since_snapshot = 0
         head = await self._reader.last(COORD, HEAD)
         told: dict[str, Any] = msgpack.unpackb(head.data) if head is not None else {}
@@ -156,11 +159,15 @@ class DecidedLog(Rounds):
         """Store a commit whose events are folded already, behind the last one read or written here.
 
         Raises:
-            Conflict: another coordinator has written to the log: this one does not lead any more.
+            Conflict: another coordinator has written to the log, or it was read anew meanwhile, as it is once its
+                leader was deposed: this one does not lead any more.
             Unreachable, TimedOut: not stored within `PATIENCE` seconds, or stored without an answer.
         """
-        self.sequence = await self._write(DECIDED, commit.encode(), commit=commit)
-        self.epoch = commit.epoch
+        readings = self._readings
+        sequence = await self._write(DECIDED, commit.encode(), after=self.sequence, commit=commit)
+        if readings != self._readings:  # what is folded may be of before this commit: it is read like anybody's
+            raise Conflict("the log was read anew while a commit was on its way")
+        self.sequence, self.epoch = sequence, commit.epoch
 
     async def snapshot(self) -> None:
         """Store everything folded so far, and let go of the commits it includes. Between two commits only.
@@ -168,18 +175,18 @@ class DecidedLog(Rounds):
         Raises what `append` raises.
         """
         name = uuid.uuid4().hex
-        included = self.number
+        included, epoch, sequence = self.number, self.epoch, self.sequence  # it may be read anew meanwhile
         data = bytes(msgpack.packb(self.ledgers.dump()))
         chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
         before = await self._reader.last(COORD, HEAD)
         for n, chunk in enumerate(chunks):
-            await self._write(f"{SNAPSHOTS}.{name}.{n:05d}", chunk)
-        head = {"id": name, "chunks": len(chunks), "epoch": self.epoch, "number": included}
-        await self._write(HEAD, bytes(msgpack.packb({**head, "sequence": self.sequence})))
+            await self._write(f"{SNAPSHOTS}.{name}.{n:05d}", chunk, after=sequence)
+        head = {"id": name, "chunks": len(chunks), "epoch": epoch, "number": included, "sequence": sequence}
+        await self._write(HEAD, bytes(msgpack.packb(head)), after=sequence)
         self.since_snapshot = self.number - included
         self.snapshot_after = max(SNAPSHOT_EVERY, len(data) // 64)
         # The last commit stays: the next one expects it.
-        await self._purge(DECIDED, keep_from=self.sequence)
+        await self._purge(DECIDED, keep_from=sequence)
         await self._purge(HEAD, keep_last=True)
         if before is not None:
             await self._purge(f"{SNAPSHOTS}.{msgpack.unpackb(before.data)['id']}.*")
@@ -192,9 +199,9 @@ class DecidedLog(Rounds):
             request["keep"] = 1
         await self._broker.api(f"STREAM.PURGE.{COORD}", request)
 
-    async def _write(self, subject: str, data: bytes, *, commit: Commit | None = None) -> int:
-        """Write under the condition that the log ends where it ended here; the stream sequence."""
-        lines = {h.EXPECTED_SEQUENCE: str(self.sequence), h.EXPECTED_SUBJECT: DECIDED}
+    async def _write(self, subject: str, data: bytes, *, after: int, commit: Commit | None = None) -> int:
+        """Write under the condition that the log ends with the commit `after`; the stream sequence."""
+        lines = {h.EXPECTED_SEQUENCE: str(after), h.EXPECTED_SUBJECT: DECIDED}
         headers = h.block(h.fields(lines))
         deadline = asyncio.get_running_loop().time() + PATIENCE
         attempt = 0
