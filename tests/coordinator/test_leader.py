@@ -11,6 +11,7 @@ import pytest
 
 from weft.core.broker import Broker
 from weft.core.history import StreamReader
+from weft.core.supervise import Tasks
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, start_test_mesh
 from weft_coordinator.decide import laws
@@ -237,7 +238,8 @@ async def test_a_commit_that_is_stored_after_the_log_was_read_anew_is_read_like_
             await go.wait()
         return await publish(subject, data, **options)
 
-    one.broker.publish_once = lambda *args, **options: asyncio.ensure_future(late(*args, **options))  # type: ignore[method-assign]
+    tasks = Tasks("late writes")
+    one.broker.publish_once = lambda *args, **options: tasks.start(late(*args, **options))  # type: ignore[method-assign]
     pending = one.leader.submit(lambda now: [("add", "y", 1)])
     await asyncio.sleep(0)
     with pytest.raises(ValueError):
@@ -351,7 +353,8 @@ async def test_a_snapshot_that_is_late_is_not_taken_for_one_of_what_was_read_mea
                 held.set()
                 await go.wait()
 
-    one.broker.publish_once = lambda *args, **options: asyncio.ensure_future(late(*args, **options))  # type: ignore[method-assign]
+    tasks = Tasks("late writes")
+    one.broker.publish_once = lambda *args, **options: tasks.start(late(*args, **options))  # type: ignore[method-assign]
     one.decided.since_snapshot, one.decided.snapshot_after = 10, 5
     await one.add("x")
     await held.wait()
