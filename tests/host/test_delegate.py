@@ -9,6 +9,7 @@ import msgpack
 import pytest
 
 import weft
+from weft.host.run import Run
 from weft.testing.agents import LocalReplica, Process, client, eventually, running
 from weft.testing.broker import BrokerMesh
 from weft.testing.stored import StoredTask
@@ -251,6 +252,38 @@ async def test_a_cancel_reaches_the_children_of_a_parent_whose_replica_died(
             await settled(mesh, child.name)
             logs = [await StoredTask.read(mesh, child.name, task.id) for task in child.started]
     assert [stored.states[-1] for stored in logs] == ["canceled"] * 3
+
+
+async def test_a_parent_that_dies_when_it_has_cancelled_its_children_ends_as_it_was_told(
+    mesh: BrokerMesh, caller: weft.Mesh, unique: Unique, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if whoever takes over fails because somebody cancelled its child."""
+    child, parent = Worker(unique("child")), weft.Agent(unique("parent"))
+    cancelled, tries = asyncio.Event(), list[int]()
+    cancel_children = Run.cancel_children
+
+    async def and_hang(self: Run, reason: str) -> None:
+        await cancel_children(self, reason)
+        if self.work.agent == parent.name and self.claim.attempt == 1:
+            cancelled.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Run, "cancel_children", and_hang)
+
+    @parent.skill()
+    async def work(task: weft.Task) -> None:
+        tries.append(task.attempt)
+        await task.delegate(child.name, "wait", skill="wait")
+
+    async with running(mesh, child.agent), running(mesh, parent, replicas=2) as parents, asyncio.TaskGroup() as group:
+        async with await caller.submit(parent.name, "go") as handle:
+            await eventually(lambda: child.started)
+            asked = group.create_task(handle.cancel(reason="changed my mind"))
+            await cancelled.wait()
+            await settled(mesh, child.name)
+            await owner(parents, handle).crash()
+            view = await asked
+    assert (view.state, view.text, tries) == (weft.State.CANCELED, "changed my mind", [1])
 
 
 async def test_after_its_parents_crash_a_child_is_not_started_twice(

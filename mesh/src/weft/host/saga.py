@@ -78,9 +78,14 @@ async def register(
 
 
 async def decide(run: Run, end: End) -> End:
-    """Store how a task with compensations ends; the end that was stored before, if one was."""
+    """Store how a task ends that has compensations, or children at work; the end that was stored before, if one was.
+
+    Whoever takes over would otherwise find the children cancelled, and not know why.
+    """
     rollback = await load(run)
-    if rollback.undos and rollback.end is None:
+    await run.recall_children()
+    lasting = rollback.undos or any(not child.done for child in run.children.values())
+    if lasting and rollback.end is None:
         async with rollback.writing:
             rollback.end = end
             await rollback.store(run.journal)
