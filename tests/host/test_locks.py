@@ -8,6 +8,7 @@ import pytest
 
 import weft
 from weft.client import coordinator as coord
+from weft.client.asks import Asks
 from weft.core.broker import Broker
 from weft.core.supervise import Tasks
 from weft.host.locking import Lock
@@ -251,6 +252,43 @@ async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
         first, second = (await (await caller.submit(agent.name, "go")).result()).data
     assert first < second
     assert lost[0] in lost[1:]
+
+
+async def test_a_return_that_is_heard_after_the_next_request_lets_its_task_in_all_the_same(
+    mesh: BrokerMesh, unique: Unique, caller: weft.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are in one message, in the wrong order: the first was lost with a leader and is said again."""
+    agent = weft.Agent(unique("again"))
+    send_back, ask = Session._send_back, Asks.ask
+    lost, again = list[tuple[Session, str, dict[str, Any]]](), list[str]()
+
+    def lose(self: Session, request: str, body: dict[str, Any], **options: Any) -> None:
+        if lost or again:
+            send_back(self, request, body, **options)
+        else:
+            lost.append((self, request, body))
+
+    def behind(self: Asks, operation: str, body: Any, then: Any, **options: Any) -> None:
+        ask(self, operation, body, then, **options)
+        if operation == "lock" and lost:
+            again.append(lost[0][1])
+            send_back(*lost.pop())
+
+    monkeypatch.setattr(Session, "_send_back", lose)
+    monkeypatch.setattr(Asks, "ask", behind)
+
+    @agent.skill()
+    async def work(task: weft.Task) -> list[int]:
+        tokens = []
+        for _ in range(2):
+            async with task.lock("behind", wait=None) as lock:
+                tokens.append(lock.token)
+        return tokens
+
+    async with running(mesh, agent):
+        first, second = (await (await caller.submit(agent.name, "go")).result()).data
+    assert again
+    assert first < second
 
 
 async def test_an_operator_takes_a_lock_away_and_the_holder_learns_why_at_its_next_use(

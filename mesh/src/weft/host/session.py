@@ -76,8 +76,6 @@ class Session:
         """Requests here that hold or await a name."""
         self._confirmed = 0.0
         """When that was sent to which the coordinator answered last (monotonic)."""
-        self._doubtful = False
-        """Whether it may not have heard of something that was given back."""
         self._waits: dict[_Key, tuple[Waits, Wait]] = {}
         """Waits the coordinator was told of, by task and wait."""
         self._changed: dict[_Key, tuple[Waits, Wait] | None] = {}
@@ -149,8 +147,7 @@ class Session:
 
     async def _ask(self, lock: Lock, timeout: float) -> bool:
         """Ask for a lock once. Whether it was granted; where it is not, `outcome` is there if it is waited for."""
-        if self._doubtful:
-            self._send_back_of(lock.run.task_id)  # or it would be in its own way
+        unheard = self._unheard(lock.run.task_id)
         body = self._body(lock)
         lock.outcome = asyncio.get_running_loop().create_future()
         sent = time.monotonic()
@@ -158,9 +155,11 @@ class Session:
             answer = await self._asks.call("lock", body, timeout=timeout, patient=self._queues(lock))
         except InvalidParams:
             lock.outcome = None
-            if not self._send_back_of(lock.run.task_id):
+            for request, given in self._unheard(lock.run.task_id):
+                self._send_back(request, given)
+            if not unheard:
                 raise
-            return False  # the coordinator has not heard yet that the task gave back what is in its own way
+            return False  # it had not heard yet that the task gave back what is in its own way
         except (Unavailable, BrokerError) as error:
             lock.outcome = None
             if not self._alone:
@@ -259,19 +258,15 @@ class Session:
                 to.append(one.request)
         return to
 
-    def _send_back_of(self, task_id: str) -> bool:
-        """Say again what a task gave back and nobody confirmed; whether there was anything."""
-        unheard = [(request, body) for request, body in self._giving.items() if request.startswith(f"{task_id}-")]
-        for request, body in unheard:
-            self._send_back(request, body)
-        return bool(unheard)
+    def _unheard(self, task_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """What a task gave back and nobody confirmed."""
+        return [(request, body) for request, body in self._giving.items() if request.startswith(f"{task_id}-")]
 
     def _send_back(self, request: str, body: dict[str, Any], *, patient: bool = False) -> None:
         sent = time.monotonic()
 
         def then(answer: Mapping[str, Any] | WeftError) -> None:
             if isinstance(answer, WeftError):
-                self._doubtful = True
                 self._schedule()
                 return
             if answer.get("released") is True:
@@ -281,7 +276,6 @@ class Session:
                     lock.take_away("the coordinator did not grant what it had promised")
             if self._giving.get(request) is body:
                 del self._giving[request]
-            self._doubtful = self._doubtful and bool(self._giving)
 
         self._asks.ask("unlock", body, then, patient=patient)
 
