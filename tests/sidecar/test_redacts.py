@@ -396,7 +396,7 @@ async def test_a_form_to_be_filled_in_may_ask_for_a_password() -> None:
 
 
 async def test_a_large_result_is_looked_through_while_other_calls_go_on() -> None:
-    text = f"{'prose and more ' * (CHARACTERS // 4)}{SECRET}"
+    text = f"{'prose and more ' * CHARACTERS}{SECRET}"
     turns = 0
 
     async def others() -> None:
