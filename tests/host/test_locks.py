@@ -226,6 +226,18 @@ async def test_a_waiting_task_holds_no_slot_and_a_lock_keeps_a_task_in_memory(
         assert events == ["asks 1", "waits", "answered", "has it"]
 
 
+def locks_twice(agent: weft.Agent, name: str) -> None:
+    """Have its tasks take one lock two times, and give the tokens."""
+
+    @agent.skill()
+    async def work(task: weft.Task) -> list[int]:
+        tokens = []
+        for _ in range(2):
+            async with task.lock(name, wait=None) as lock:
+                tokens.append(lock.token)
+        return tokens
+
+
 async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
     mesh: BrokerMesh, unique: Unique, caller: weft.Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,14 +252,7 @@ async def test_a_lock_whose_return_was_not_heard_can_be_taken_again_by_its_task(
 
     monkeypatch.setattr(Session, "_send_back", lose)
 
-    @agent.skill()
-    async def work(task: weft.Task) -> list[int]:
-        tokens = []
-        for _ in range(2):
-            async with task.lock("again", wait=None) as lock:
-                tokens.append(lock.token)
-        return tokens
-
+    locks_twice(agent, "again")
     async with running(mesh, agent):
         first, second = (await (await caller.submit(agent.name, "go")).result()).data
     assert first < second
@@ -277,14 +282,7 @@ async def test_a_return_that_is_heard_after_the_next_request_lets_its_task_in_al
     monkeypatch.setattr(Session, "_send_back", lose)
     monkeypatch.setattr(Asks, "ask", behind)
 
-    @agent.skill()
-    async def work(task: weft.Task) -> list[int]:
-        tokens = []
-        for _ in range(2):
-            async with task.lock("behind", wait=None) as lock:
-                tokens.append(lock.token)
-        return tokens
-
+    locks_twice(agent, "behind")
     async with running(mesh, agent):
         first, second = (await (await caller.submit(agent.name, "go")).result()).data
     assert again
