@@ -192,3 +192,13 @@ def test_a_builtin_server_that_cannot_be_used_is_named() -> None:
     check = found(replace(facts, tools=(failed,)))["tool server code"]
     assert (check.status, check.detail, check.next) == (DEGRADED, failed["failure"], "mesh restart sidecar")
     assert "tool server code" not in found(replace(facts, tools=({**failed, "enabled": False},)))
+
+
+def test_a_server_whose_answers_nobody_can_look_through_is_degraded() -> None:
+    sidecar = {**PROCESS, "name": "sidecar", "kind": "sidecar"}
+    server = {"name": "crm", "enabled": True, "transport": "http", "failure": "", "unredacted": ""}
+    facts = replace(WELL, processes=(COORDINATOR, PROCESS, sidecar), tools=(server,))
+    assert "redaction of crm" not in found(facts)
+    check = found(replace(facts, tools=({**server, "unredacted": "not installed"},)))["redaction of crm"]
+    assert (check.status, check.next) == (DEGRADED, "mesh tools show crm")
+    assert check.detail.endswith("not installed")

@@ -183,3 +183,35 @@ def test_without_monty_it_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("weft.core.toolsconf.find_spec", lambda name: None)
     with pytest.raises(Unavailable, match=r"needs pydantic_monty, .*: pip install 'weft\[code\]'"):
         command.main(["add", "code", "--builtin", "code"], standalone_mode=False)
+
+
+def test_what_presidio_cannot_look_through_is_not_called_and_said_everywhere(
+    project: Any, agent_source: str, tmp_path: Path
+) -> None:
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / "answer.json").write_text(
+        json.dumps({"content": [{"type": "text", "text": "call (212) 555-0182"}]})
+    )
+    tools = DECLARED.format(python=sys.executable, bad=BAD, state=tmp_path / "told")
+    tools = tools.replace("settings:", "redact: [secrets, presidio], settings:")
+    wrong = CONFIG.format(tools=tools + "sidecar: {presidio: none.yaml}\n")
+    project.write(wrong, worker=agent_source.format(name="worker"))
+    project.permit('permit (principal == Agent::"local", action, resource);')
+    project.mesh("up", "--detach", timeout=50)
+
+    refused = project.mesh("tools", "call", "told.do", "what=answer", code=1)
+    assert "Presidio is to look through its answers, and cannot." in refused.out
+    assert "none.yaml" in refused.out
+    assert "none.yaml" in project.mesh("tools", "test", "told", code=3).out
+    assert "calls are refused" in project.mesh("tools", "show", "told").err
+    [row] = project.mesh("tools", "list", "-o", "json").json
+    assert row["state"] == "failed"
+    assert "none.yaml" in row["failure"]
+    checks = {one["component"]: one for one in project.mesh("health", "-o", "json", code=3).json["checks"]}
+    assert checks["redaction of told"]["status"] == "degraded"
+
+    project.write(CONFIG.format(tools=tools))
+    project.mesh("restart", "sidecar", timeout=60)
+    assert project.mesh("tools", "call", "told.do", "what=answer").out.strip() == "call [redacted:phone-number]"
+    assert project.mesh("tools", "test", "told", "-o", "json").json["ok"] is True
+    project.mesh("down")

@@ -79,6 +79,8 @@ def test_the_sidecar_has_a_port_and_perhaps_a_caller_without_a_token() -> None:
     assert parse_mesh_config("name: x", path=PATH).sidecar == SidecarConfig()
     found = parse_mesh_config("sidecar: {port: 8765, anonymous: local}", path=PATH).sidecar
     assert found == SidecarConfig(8765, "local")
+    found = parse_mesh_config("sidecar: {presidio: conf/analyzer.yaml}", path=PATH).sidecar
+    assert found.presidio == str(PATH.parent / "conf" / "analyzer.yaml")
     with pytest.raises(InvalidConfig, match="reserved"):
         parse_mesh_config("sidecar: {anonymous: operator}", path=PATH)
 

@@ -89,6 +89,7 @@ BROKEN_STREAM: Final = -32010
 NO_SERVER: Final = -32011
 TOO_LARGE: Final = -32012
 RATE_LIMITED: Final = -32013
+UNREDACTED: Final = -32014
 CODES: Final[dict[int, tuple[str, str]]] = {
     DENIED: ("denied", "the policy does not allow it"),
     QUARANTINED: ("quarantined", "the definition is new or changed and was not approved"),
@@ -107,6 +108,7 @@ CODES: Final[dict[int, tuple[str, str]]] = {
         "rate_limited",
         "called too often; `data` has `retryAfter` (seconds), `limit` and the `rule` that sets it",
     ),
+    UNREDACTED: ("unredacted", "nobody could look through what comes back for what may not be seen"),
     MISMATCH: ("mismatch", "subject, headers and body do not say the same"),
 }
 """Codes of this binding: their names, and what they mean."""

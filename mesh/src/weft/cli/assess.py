@@ -123,6 +123,9 @@ def _sidecar(facts: Facts) -> Iterator[Check]:
                 yield Check(f"tool server {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
             elif one["enabled"] and one["transport"] == "builtin" and one["failure"]:
                 yield Check(f"tool server {one['name']}", DEGRADED, one["failure"], "mesh restart sidecar")
+            if one["enabled"] and one.get("unredacted"):
+                detail = f"calls are refused: what comes back cannot be looked through: {one['unredacted']}"
+                yield Check(f"redaction of {one['name']}", DEGRADED, detail, f"mesh tools show {one['name']}")
     else:
         failed = row["state"] == "failed"
         after = "mesh restart sidecar" if failed else "mesh logs sidecar"

@@ -146,7 +146,7 @@ def call(tool: str, arguments: tuple[str, ...], *, timeout: float, output: str) 
 @click.argument("name")
 @output_option
 def test(name: str, output: str) -> int:
-    """Connect to server NAME and list what it offers. Exit code 3 when it does not answer, or offers nothing new."""
+    """Connect to server NAME and list what it offers. Exit code 3 when it cannot be called as it should."""
     from weft_protocols.errors import ToolError
 
     printer = Printer(output)
@@ -156,9 +156,11 @@ def test(name: str, output: str) -> int:
         printer.record({"server": name, "ok": False, "reason": str(error)}, text=f"{name} cannot be used: {error}")
         return CHECK_FAILED
     held = [one["key"] for one in told["items"] if one["quarantine"]]
-    record = {"server": name, "ok": not held, "mcp": told["version"], "offers": len(told["items"]), "quarantined": held}
-    printer.record(record)
-    return CHECK_FAILED if held else 0
+    unredacted = told.get("unredacted", "")
+    ok = not held and not unredacted
+    record = {"server": name, "ok": ok, "mcp": told["version"], "offers": len(told["items"]), "quarantined": held}
+    printer.record(record | ({"reason": _unredacted(unredacted)} if unredacted else {}))
+    return 0 if ok else CHECK_FAILED
 
 
 @command.command()
@@ -399,7 +401,7 @@ def _row(server: ToolServer, state: dict[str, Any] | None) -> dict[str, Any]:
         word = "off"
     elif state is None:
         word = "waiting"
-    elif state["failure"]:
+    elif state["failure"] or state.get("unredacted"):
         word = "failed"
     else:
         word = "ready" if state["sessions"] or state["version"] else "idle"
@@ -414,7 +416,7 @@ def _row(server: ToolServer, state: dict[str, Any] | None) -> dict[str, Any]:
         "quarantined": told["quarantined"],
         "where": server.where,
         "source": server.source,
-        "failure": told["failure"],
+        "failure": told["failure"] or told.get("unredacted", ""),
         "sandbox": f"{sandbox} (degraded)" if told.get("degraded") else sandbox,
         "degraded": told.get("degraded", ""),
     }
@@ -431,6 +433,8 @@ def _show(printer: Printer, told: dict[str, Any]) -> None:
         printer.talk(f"sandbox: {told['sandbox']}")
     if told.get("degraded"):
         printer.talk(f"DEGRADED: its files and network are open: {told['degraded']}")
+    if told.get("unredacted"):
+        printer.talk(_unredacted(told["unredacted"]))
     rows = [{**one, "description": _description(one["definition"])} for one in told["items"]]
     printer.rows(rows, OFFERED, empty="it offers nothing")
     for one in told["items"]:
@@ -444,6 +448,10 @@ def _show(printer: Printer, told: dict[str, Any]) -> None:
         printer.talk(f"approved, but not offered any more: {key}")
     if any(one["quarantine"] for one in told["items"]):
         printer.talk(f"  next: mesh tools approve {told['server']}")
+
+
+def _unredacted(fault: str) -> str:
+    return f"calls are refused: Presidio is to look through what comes back, and cannot: {fault}"
 
 
 def _description(definition: Any) -> str:

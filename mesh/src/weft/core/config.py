@@ -266,7 +266,7 @@ class _Reader(YamlReader):
             alerts=read_alerts(self, fields.get("alerts"), folder=folder),
             coordinator=read_coordinator(self, fields.get("coordinator")),
             tools=read_tools(self, fields.get("tools"), folder=folder),
-            sidecar=read_sidecar(self, fields.get("sidecar")),
+            sidecar=read_sidecar(self, fields.get("sidecar"), folder=folder),
             policy=read_policy(self, fields.get("policy"), folder=folder),
             approvers=read_approvers(self, fields.get("approvers")),
         )

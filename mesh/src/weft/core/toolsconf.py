@@ -152,19 +152,23 @@ class SidecarConfig:
     """Port on 127.0.0.1 of the HTTP front; 0 for a free one, kept from then on."""
     anonymous: str | None = None
     """The caller that requests without a token are, from this machine; None refuses them."""
+    presidio: str = ""
+    """Presidio's own configuration, a YAML file, for what `redact` says of `presidio`; empty for its patterns alone."""
 
 
 # mesh.yaml -----------------------------------------------------------------------------------------
 
 
-def read_sidecar(reader: YamlReader, node: yaml.Node | None) -> SidecarConfig:
-    """Section `sidecar` of `mesh.yaml`."""
+def read_sidecar(reader: YamlReader, node: yaml.Node | None, *, folder: Path) -> SidecarConfig:
+    """Section `sidecar` of `mesh.yaml`. Relative files are below `folder`."""
     if node is None:
         return SidecarConfig()
-    fields = reader.mapping(node, "sidecar", ("port", "anonymous"))
+    fields = reader.mapping(node, "sidecar", ("port", "anonymous", "presidio"))
+    presidio = reader.value(fields, "sidecar.presidio", "", str)
     return SidecarConfig(
         port=reader.value(fields, "sidecar.port", 0, integer(0, 65535)),
         anonymous=reader.value(fields, "sidecar.anonymous", None, check_name),
+        presidio=str(folder / presidio) if presidio else "",
     )
 
 

@@ -152,5 +152,7 @@ PERSONAL: Final = (
     _secret("phone", "+", _PHONE, _phone, 10),
 )
 """Data about people."""
-CLASSES: Final[Mapping[str, tuple[Pattern, ...]]] = {"secrets": SECRETS, "pii": PERSONAL}
+PRESIDIO: Final = "presidio"
+"""The class of what Presidio recognizes, which has no patterns here: `Redactor` is told where something is."""
+CLASSES: Final[Mapping[str, tuple[Pattern, ...]]] = {"secrets": SECRETS, "pii": PERSONAL, PRESIDIO: ()}
 """What `@redact` names."""

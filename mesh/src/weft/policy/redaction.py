@@ -10,13 +10,17 @@ import base64
 import binascii
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from weft.policy.patterns import CLASSES, SECRETS, Pattern, luhn
 
+Span: TypeAlias = tuple[int, int, str]
+"""Where something is in a text: its first character, the one behind its last, and of what kind it is."""
+Recognize: TypeAlias = Callable[[str], Iterable[Span]]
+"""What is to be taken out of a text besides, in order and nowhere twice."""
 MARK: Final = "[redacted:"
 """What every replacement begins with."""
 DEEPEST: Final = 64
@@ -64,12 +68,20 @@ class Redactor:
     Args:
         classes: names of `CLASSES`.
         known: secrets by their very value, e.g. those that were injected; at least six characters each count.
+        recognize: asked about every text, without what was taken out before.
     """
 
-    def __init__(self, classes: Iterable[str] = ("secrets",), *, known: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        classes: Iterable[str] = ("secrets",),
+        *,
+        known: Iterable[str] = (),
+        recognize: Recognize | None = None,
+    ) -> None:
         self.classes = tuple(dict.fromkeys(classes))
         self._patterns = tuple(pattern for name in self.classes for pattern in CLASSES[name])
         self._known = tuple(sorted({one for one in known if len(one) >= 6}, key=len, reverse=True))
+        self._recognize = recognize
         self._secret_keys = "secrets" in self.classes
         self._personal_keys = "pii" in self.classes
         self._clean: dict[Any, tuple[Any, str]] = {}
@@ -81,8 +93,14 @@ class Redactor:
             if secret in text:
                 found.counts["secret"] += text.count(secret)
                 text = text.replace(secret, f"{MARK}secret]")
-        if len(text) < 6:
-            return text
+        if len(text) >= 6:
+            text = self._matched(text, found)
+        if self._recognize is not None and text:
+            text = _without(text, self._recognize(text), found)
+        return given if text == given else text
+
+    def _matched(self, text: str, found: Redacted) -> str:
+        """Without what has the form of one of the classes."""
         lower = text.lower()
         digits = _DIGITS.search(text) is not None
         for pattern in self._patterns:
@@ -93,7 +111,7 @@ class Redactor:
                 text, lower = changed, changed.lower()
         if self._secret_keys and len(text) >= 24:
             text = self._decoded(text, found)
-        return given if text == given else text
+        return text
 
     def value(self, value: Any, found: Redacted | None = None) -> Any:
         """A JSON value without it, keys included. The very same object if there is nothing to take out."""
@@ -189,6 +207,31 @@ def _replaced(pattern: Pattern, text: str, lower: str, found: Redacted) -> str:
             parts += [text[done:start], replacement(match)]
             done = match.end()
     return "".join([*parts, text[done:]]) if parts else text
+
+
+def _without(text: str, spans: Iterable[Span], found: Redacted) -> str:
+    """Without what is in the spans. Marks of what was taken out stay as they are, and are not counted again."""
+    marks = [match.span() for match in _MARKED.finditer(text)] if MARK in text else []
+    parts, done = [], 0
+    for begin, end, kind in spans:
+        for first, last in _outside(max(begin, done), end, marks):
+            parts += [text[done:first], _gone(kind, found)]
+            done = last
+    return "".join([*parts, text[done:]]) if parts else text
+
+
+def _outside(begin: int, end: int, marks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The pieces from `begin` to `end` that are in none of the marks, which are in order."""
+    for first, last in marks:
+        if last <= begin:
+            continue
+        if first >= end:
+            break
+        if begin < first:
+            yield begin, first
+        begin = last
+    if begin < end:
+        yield begin, end
 
 
 def _gone(kind: str, found: Redacted) -> str:

@@ -20,9 +20,10 @@ IDENTITY = "sidecar"
 
 
 def load_sidecar_config(connection: ConnectionSettings) -> SidecarConfig:
-    """Section `sidecar` of `mesh.yaml`, and `WEFT_SIDECAR_PORT`, which wins. Raises InvalidConfig."""
+    """Section `sidecar` of `mesh.yaml`; `WEFT_SIDECAR_PORT` and `WEFT_SIDECAR_PRESIDIO` win. Raises InvalidConfig."""
     found = own_mesh_config(connection)
     config = found.sidecar if found is not None else SidecarConfig()
+    config = replace(config, presidio=os.environ.get("WEFT_SIDECAR_PRESIDIO", config.presidio))
     port = os.environ.get("WEFT_SIDECAR_PORT")
     if port is None:
         return config

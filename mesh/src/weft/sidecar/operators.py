@@ -67,6 +67,7 @@ class Operators:
             "approved_at": served.pin.at if served.pin is not None else 0.0,
             "sandbox": served.state["sandbox"],
             "degraded": served.state["degraded"],
+            "unredacted": await self._plane.unredacted(served),
         }
 
     async def approve(self, request: Request) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from weft.client.limits import SharedLimits
@@ -20,6 +21,7 @@ from weft.core.toolsconf import ToolServer
 from weft.core.toolstore import ToolStore
 from weft.policy.active import ActivePolicy
 from weft.policy.catalog import Catalog
+from weft.policy.patterns import PRESIDIO
 from weft.sidecar import decided
 from weft.sidecar.aggregate import Aggregate
 from weft.sidecar.approved import Approved, by_persons
@@ -34,9 +36,10 @@ from weft.sidecar.link import Heard, known_as
 from weft.sidecar.paramheaders import param_headers
 from weft.sidecar.pins import Pin
 from weft.sidecar.pipeline import Call, Outcome, Pipeline, Stage
+from weft.sidecar.presidio.recognizer import Recognizer
 from weft.sidecar.rated import Rated
 from weft.sidecar.records import Intended, Recorded, Recorder
-from weft.sidecar.redacts import Redacts, hearing, said
+from weft.sidecar.redacts import Notes, Redacts, hearing
 from weft.sidecar.repeats import Repeats
 from weft.sidecar.sandbox import choose
 from weft.sidecar.sandboxed import Sandboxed
@@ -81,7 +84,7 @@ POLICY_WITHIN: Final = 5.0
 
 
 def usual_stages(
-    broker: Broker, recorder: Recorder, policy: Policy, *, sidecars: Callable[[], int] = lambda: 1
+    broker: Broker, recorder: Recorder, policy: Policy, recognizer: Recognizer, *, sidecars: Callable[[], int]
 ) -> list[Stage]:
     """What every sidecar has, in its order. Who decides comes before what a decision obliges to.
 
@@ -99,7 +102,7 @@ def usual_stages(
         Repeats(broker),
         Rated(SharedLimits(broker, sidecars=sidecars)),
         Approved(by_persons(broker)),
-        Redacts(),
+        Redacts(recognizer),
         ResponseSize(),  # on the way back it comes first: what is too large is not looked through
         Breaker(),
         Concurrency(),
@@ -114,23 +117,28 @@ class Plane:
         broker: a connection of account MESH.
         connect: opens links to servers.
         stages: what calls pass.
+        presidio: Presidio's own configuration, a YAML file; empty for its patterns alone.
     """
 
-    def __init__(self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None) -> None:
+    def __init__(
+        self, broker: Broker, connect: Connect, stages: Sequence[Stage] | None = None, *, presidio: str = ""
+    ) -> None:
         self.store = ToolStore(broker)
-        self.recorder = Recorder(broker)
+        self.recognizer = Recognizer(presidio)
+        self.recorder = Recorder(broker, self.recognizer)
         self._siblings = Siblings(broker)
         self.policy = ActivePolicy()
         """What decides."""
         self.policies = PolicyFollower(
             broker, self.policy, self._definitions, replica=self.recorder.by.replace("/", "-"), changed=self._tell
         )
-        usual = usual_stages(broker, self.recorder, self.policy, sidecars=lambda: self.sidecars)
+        usual = usual_stages(broker, self.recorder, self.policy, self.recognizer, sidecars=lambda: self.sidecars)
         self.pipeline = Pipeline(usual if stages is None else stages)
         self.events = Events()
         self._connect = connect
         self._served: dict[str, Served] = {}
         self._pins: dict[str, tuple[int, Pin | None]] = {}
+        self._notes: dict[frozenset[str], Notes] = {}
         self._follower = Follower(broker, TOOL_CHANGES, self._look)
         self._aggregate = Aggregate(self)
         self._tasks = Tasks("tool plane")
@@ -162,6 +170,7 @@ class Plane:
         await self.events.aclose()
         await self.policies.aclose()
         await self.recorder.aclose()
+        await self.recognizer.aclose()
         served, self._served = list(self._served.values()), {}
         async with asyncio.TaskGroup() as group:
             for one in served:
@@ -181,7 +190,14 @@ class Plane:
     @property
     def state(self) -> list[dict[str, Any]]:
         """Every registered server, for operators."""
-        return [one.state for _, one in sorted(self._served.items())]
+        return [
+            {**one.state, "unredacted": self.recognizer.fault if _recognizes(one) else ""}
+            for _, one in sorted(self._served.items())
+        ]
+
+    async def unredacted(self, one: Served) -> str:
+        """Why nobody can look through what a server answers, tried out; empty if that is not needed, or works."""
+        return await self.recognizer.ready() if _recognizes(one) else ""
 
     def served(self, name: str) -> Served:
         """A server. Raises ToolError if there is none of that name, or it is switched off."""
@@ -371,6 +387,8 @@ class Plane:
                 log.info("tool server %s: %s", name, server.where)
             elif pin is not None:
                 served.repin(pin, sequence)
+        if any(map(_recognizes, self._served.values())):
+            self.recognizer.begin()
         if (registered, self._pins) != before:
             self.policies.outdate()
             self._tell()
@@ -402,9 +420,12 @@ class Plane:
     def _said(self, server: str, method: str, params: dict[str, Any]) -> None:
         """Tell whoever listens what a server said by itself."""
         served = self._served.get(server)
-        told = said(frozenset(served.upstream.guards.redact), method, params) if served is not None else params
-        if told is not None:
-            self.events.said(server, method, told)
+        classes = frozenset(served.upstream.guards.redact) if served is not None else frozenset()
+        if not classes:
+            self.events.said(server, method, params)
+            return
+        notes = self._notes.setdefault(classes, Notes(self.recognizer, classes))
+        notes.tell(partial(self.events.said, server), method, params)
 
     async def _read_pins(self) -> None:
         found: dict[str, tuple[int, Pin | None]] = {}
@@ -431,6 +452,11 @@ class Plane:
                 log.debug("another sidecar pinned %s first", name)
             record = await self.store.pins.get(name)
         return (Pin.decode(record.data), record.seq) if record is not None else (Pin(), 0)
+
+
+def _recognizes(one: Served) -> bool:
+    """Whether Presidio looks through what a server answers, whatever the policy says."""
+    return PRESIDIO in one.upstream.guards.redact
 
 
 def _asked(request: Request) -> Call:

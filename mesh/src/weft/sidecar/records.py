@@ -20,9 +20,11 @@ from typing import Any, Final
 
 from weft.core.broker import Broker
 from weft.core.supervise import Tasks
-from weft.policy.redaction import MARK, Redactor, kinds
+from weft.policy.patterns import PRESIDIO
+from weft.policy.redaction import MARK, Redactor, kinds, redactor
 from weft.sidecar import owed
 from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
+from weft.sidecar.presidio.recognizer import Recognizer, Unrecognized
 from weft.sidecar.weight import aside, heavy
 from weft_protocols import headers as h
 from weft_protocols.audit import AuditRecord, Kind, digest, plain_form
@@ -35,6 +37,8 @@ RECORDED: Final = ("tools/call", "prompts/get", "resources/read")
 """Methods whose every call is recorded; of the others, refusals."""
 SHOWN: Final = 16 * 1024
 """Bytes of arguments that a record has at most; of larger ones it has the digest."""
+TAKEN_OUT: Final = frozenset({"secrets", "pii"})
+"""Classes of data that stand in no record, whatever may be in results."""
 BEFORE: Final = 5.0
 """Seconds an intent has to be stored."""
 BREATH: Final = 0.002
@@ -46,16 +50,22 @@ BEHIND: Final = 256
 class Recorder:
     """Writes records. Outcomes are stored behind the calls' backs, within `aclose` at the latest."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, recognizer: Recognizer | None = None) -> None:
         self._broker = broker
+        self._recognizer = recognizer or Recognizer()
         self.by = f"sidecar/{os.uname().nodename.partition('.')[0][:32]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.lost = 0
         """Records that could not be stored."""
-        self._redactor = Redactor(("secrets", "pii"))
+        self._redactor = redactor(TAKEN_OUT)
         self._tasks = Tasks("audit records")
 
-    def made(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
-        """The record of a call. Of one that has an intent, that with how it ended."""
+    def made(
+        self, kind: Kind, call: Call, outcome: Outcome | None = None, arguments: Redactor | None = None
+    ) -> AuditRecord:
+        """The record of a call. Of one that has an intent, that with how it ended.
+
+        `arguments` is what shown arguments are looked through with; without it, none are shown.
+        """
         intent = call.facts.get(owed.RECORD)
         ended = _json(self._outcome(call, outcome)) if outcome is not None else {}
         if isinstance(intent, AuditRecord):  # what is known of a call changes no more once it is made
@@ -81,7 +91,7 @@ class Recorder:
             int(time.time() * 1000),
             self.by,
             who=_json(_who(call)),
-            what=_json(self._what(call)),
+            what=_json(self._what(call, arguments)),
             why=_json(why),
             how={
                 "sandbox": call.facts.get(owed.SANDBOX),
@@ -94,7 +104,23 @@ class Recorder:
     async def written(self, kind: Kind, call: Call, outcome: Outcome | None = None) -> AuditRecord:
         """The same, without holding up others where much is to be digested."""
         result = outcome.result if outcome is not None else None
-        return await aside(self.made, kind, call, outcome, large=heavy(call.arguments) or heavy(result))
+        large = heavy(call.arguments) or heavy(result)
+        shows = call.guards.show_arguments and not isinstance(call.facts.get(owed.RECORD), AuditRecord)
+        arguments = await self._for_arguments(call, large=large) if shows else None
+        return await aside(self.made, kind, call, outcome, arguments, large=large)
+
+    async def _for_arguments(self, call: Call, *, large: bool) -> Redactor | None:
+        """What arguments are looked through with before they are shown; None if they cannot be."""
+        asked = owed.redactions(call) & {PRESIDIO}
+        if not asked or len(json.dumps(call.arguments)) > 2 * SHOWN:
+            return self._redactor
+        try:
+            return await self._recognizer.redactor(
+                TAKEN_OUT | asked, lambda one: one.value(dict(call.arguments)), large=large, within=BEFORE
+            )
+        except Unrecognized as error:
+            log.warning("arguments of a call of %s are left out of its record: %s", call.caller, error)
+            return None
 
     async def store(self, record: AuditRecord, *, timeout: float) -> None:
         """Store a record. Raises BrokerError if it is not known to be stored, ValueError if it cannot be."""
@@ -131,7 +157,7 @@ class Recorder:
             self.lost += 1
             log.error("the %s of call %s is not stored: %s", kind, call.facts.get(owed.CALL, ""), error)
 
-    def _what(self, call: Call) -> dict[str, Any]:
+    def _what(self, call: Call, looking: Redactor | None) -> dict[str, Any]:
         arguments = dict(call.arguments)
         made: dict[str, Any] = {
             "server": call.server,
@@ -142,8 +168,8 @@ class Recorder:
         if arguments:
             made["arguments"] = digest(arguments)
         if arguments and call.guards.show_arguments:
-            shown = arguments if len(json.dumps(arguments)) <= 2 * SHOWN else None
-            shown = _json(self._redactor.value(shown))
+            fits = len(json.dumps(arguments)) <= 2 * SHOWN
+            shown = _json(looking.value(arguments)) if looking is not None and fits else None
             made["shown"] = shown if len(json.dumps(shown)) <= SHOWN else None
         return made
 

@@ -48,7 +48,7 @@ class SidecarService:
         clients = Clients()
         self._stack.push_async_callback(clients.aclose)
         private = private_of(broker.settings)
-        self.plane = Plane(broker, Connector(clients, broker, private=private))
+        self.plane = Plane(broker, Connector(clients, broker, private=private), presidio=config.presidio)
         self.tokens = Tokens(token_key(broker.settings))
         self.web = WebFront(self.plane, self.tokens, anonymous=config.anonymous, schema=self.schema)
         own = {**Operators(self.plane).methods, ISSUE_TOKEN: self._issue}
