@@ -94,7 +94,7 @@ ON_UPDATE = 'permit(principal, action == Action::"call", resource == Tool::"crm.
         ('@cost("0.02")\n' + ON_UPDATE + ";", "1: @cost: '0.02' must be a unit and an amount, e.g. usd:0.02"),
         (
             '@redact("pij")\n' + ON_UPDATE + ";",
-            "1: @redact: 'pij' is none of secrets, pii; did you mean \"pii\"?",
+            "1: @redact: 'pij' is none of secrets, pii, presidio; did you mean \"pii\"?",
         ),
         (
             '@sandbox("sandlok")\n' + ON_UPDATE + ";",

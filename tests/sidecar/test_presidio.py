@@ -495,9 +495,10 @@ class Kept(Recorder):
         super().__init__(broker, recognizer)
         self.kept: list[AuditRecord] = []
 
-    async def store(self, record: AuditRecord, *, timeout: float) -> None:
+    def made(self, *what: Any, **more: Any) -> AuditRecord:
+        record = super().made(*what, **more)
         self.kept.append(record)
-        await super().store(record, timeout=timeout)
+        return record
 
 
 async def recorded(broker: Broker, recognizer: Recognizer, call: Call) -> list[AuditRecord]:

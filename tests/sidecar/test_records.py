@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,13 +12,14 @@ import pytest
 
 from weft.core.broker import Broker
 from weft.policy.model import Decision, Obligations
+from weft.policy.redaction import Redactor
 from weft.sidecar.guards import Guards
 from weft.sidecar.pipeline import Call, Passing, Pipeline
 from weft.sidecar.records import Intended, Recorded, Recorder
 from weft.testing.agents import eventually
 from weft.testing.broker import BrokerMesh, unique_name
-from weft_protocols.audit import AuditRecord, digest
-from weft_protocols.errors import InvalidParams, ToolError, Unreachable
+from weft_protocols.audit import AuditRecord, Kind, digest
+from weft_protocols.errors import InvalidParams, TimedOut, ToolError, Unreachable
 from weft_protocols.mcp import META_REFUSAL
 from weft_protocols.resources import AUDIT
 
@@ -59,6 +61,12 @@ async def records(broker: Broker, server: str, count: int) -> list[AuditRecord]:
         return made if len(made) >= count else []
 
     return list(await eventually(found))
+
+
+async def stored(broker: Broker, server: str) -> dict[str, int]:
+    """How many records of each kind a server has."""
+    info = await broker.api(f"STREAM.INFO.{AUDIT}", {"subjects_filter": f"mesh.audit.*.*.{server}"})
+    return {subject.split(".")[2]: count for subject, count in (info["state"].get("subjects") or {}).items()}
 
 
 async def test_a_call_has_an_intent_and_an_outcome_of_one_id(stage: Any, broker: Broker) -> None:
@@ -150,13 +158,21 @@ async def test_a_record_names_what_decided_and_shows_arguments_redacted(broker: 
     hidden = replace(CALL, server=unique_name("web"), guards=Guards(show_arguments=False))
     assert "shown" not in recorder.made("intent", hidden).what
     large = CALL.with_arguments({"text": "x" * 20_000})
-    assert recorder.made("intent", large).what["shown"] is None
+    assert recorder.made("intent", large, arguments=Redactor()).what["shown"] is None
+    assert recorder.made("intent", CALL, arguments=Redactor()).what["shown"]
+    other = {"text": "é" * 7_000}  # as many bytes as it has in the record
+    assert recorder.made("intent", CALL.with_arguments(other), arguments=Redactor()).what["shown"] == other
+    grown = CALL.with_arguments({"text": "pwd=abcdef " * 1_000})
+    assert recorder.made("intent", grown, arguments=Redactor()).what["shown"] is None
 
 
 class Broken:
     """A broker that stores nothing."""
 
     async def publish(self, *_: Any, **__: Any) -> int:
+        raise Unreachable("no broker")
+
+    def publish_then(self, *_: Any, **__: Any) -> None:
         raise Unreachable("no broker")
 
 
@@ -175,6 +191,67 @@ async def test_a_call_that_cannot_be_recorded_is_not_made_unless_that_is_wanted(
     assert bool(made) is not required
     assert (result.get("_meta") or {}).get(META_REFUSAL, {}).get("kind") == ("unrecorded" if required else None)
     assert recorder.lost == 1
+
+
+class Unheard:
+    """A broker that stores what is sent, but whose answer to an outcome is not heard the first time."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self.publish = broker.publish
+
+    def publish_then(self, subject: str, data: bytes, *, headers: bytes, then: Any) -> None:
+        def stored(*_: Any) -> None:
+            then(b"", None, TimedOut("not heard"))
+
+        self._broker.publish_then(subject, data, headers=headers, then=stored)
+
+
+class Refusing(Unheard):
+    """One that refuses it the first time."""
+
+    def publish_then(self, subject: str, data: bytes, *, headers: bytes, then: Any) -> None:
+        then(b'{"error": {"code": 503, "err_code": 10077, "description": "stream is full"}}', None, None)
+
+
+@pytest.mark.parametrize("kind", [Unheard, Refusing])
+async def test_an_outcome_is_stored_once_whatever_became_of_the_first_attempt(kind: Any, broker: Broker) -> None:
+    recorder = Recorder(kind(broker))
+    server = unique_name("web")
+    for _ in range(3):
+        await Pipeline([Recorded(recorder), Intended(recorder)]).run(replace(CALL, server=server), fine)
+    await recorder.aclose()
+    assert await stored(broker, server) == {"intent": 3, "outcome": 3}
+    assert recorder.lost == 0
+
+
+async def test_outcomes_are_behind_their_answers_and_stored_when_the_sidecar_ends(broker: Broker) -> None:
+    recorder = Recorder(broker)
+    server = unique_name("web")
+    pipeline = Pipeline([Recorded(recorder), Intended(recorder)])
+    await asyncio.gather(*(pipeline.run(replace(CALL, server=server), fine) for _ in range(300)))
+    await recorder.aclose()
+    assert await stored(broker, server) == {"intent": 300, "outcome": 300}
+
+
+async def test_an_outcome_that_cannot_be_made_is_said_and_holds_up_no_other(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(Recorder):
+        def made(self, kind: Kind, call: Call, *more: Any, **named: Any) -> AuditRecord:
+            if kind == "outcome" and call.name == "odd":
+                raise KeyError("nobody thought of it")
+            return super().made(kind, call, *more, **named)
+
+    recorder = Odd(broker)
+    server = unique_name("web")
+    pipeline = Pipeline([Recorded(recorder), Intended(recorder)])
+    await asyncio.gather(*(pipeline.run(replace(CALL, server=server, name=name), fine) for name in ("odd", "even")))
+    await recorder.aclose()
+    assert await stored(broker, server) == {"intent": 2, "outcome": 1}
+    [outcome] = [one for one in await records(broker, server, 2) if one.kind == "outcome"]
+    assert outcome.what["name"] == "even"
+    assert "nobody thought of it" in caplog.text
 
 
 async def test_nobody_deletes_a_record(stage: Any, broker: Broker) -> None:

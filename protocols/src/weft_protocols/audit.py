@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from weft_protocols.canonical import canonical_json
+from weft_protocols.canonical import DEEPEST, canonical_json
 from weft_protocols.errors import InvalidParams
 from weft_protocols.resources import AUDIT_RECORDS
 
@@ -49,6 +49,8 @@ class AuditRecord:
     why: Mapping[str, Any] = field(default_factory=dict)
     how: Mapping[str, Any] = field(default_factory=dict)
     outcome: Mapping[str, Any] = field(default_factory=dict)
+    _written: dict[str, tuple[Mapping[str, Any], str]] = field(default_factory=dict, repr=False, compare=False)
+    """Parts as they were written: a record that is made of this one has most of them too."""
 
     @property
     def subject(self) -> str:
@@ -57,12 +59,20 @@ class AuditRecord:
 
     def encode(self) -> bytes:
         """As it is stored. Raises ValueError if a part has no canonical form."""
-        made: dict[str, Any] = {"v": VERSION, "kind": self.kind, "id": self.id, "at": self.at, "by": self.by}
-        for part in PARTS:
-            kept = {key: value for key, value in getattr(self, part).items() if value not in ("", None, [], {}, ())}
-            if kept:
-                made[part] = kept
-        return canonical_json(made)
+        texts = {name: canonical_json(getattr(self, name)).decode() for name in ("at", "by", "id", "kind")}
+        texts |= {part: text for part in PARTS if (text := self._text(part))} | {"v": str(VERSION)}
+        return ("{" + ",".join(f'"{name}":{text}' for name, text in sorted(texts.items())) + "}").encode()
+
+    def _text(self, part: str) -> str:
+        """A part as it is written; empty if it is."""
+        value: Mapping[str, Any] = getattr(self, part)
+        known = self._written.get(part)
+        if known is not None and known[0] is value:
+            return known[1]
+        kept = {key: one for key, one in value.items() if one not in ("", None, [], {}, ())}
+        text = canonical_json(kept, deepest=DEEPEST - 1).decode() if kept else ""
+        self._written[part] = (value, text)
+        return text
 
     @classmethod
     def decode(cls, data: bytes) -> AuditRecord:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 SLICES: Final = 4096
 """Pairs of agent and tool whose rules are kept ready."""
+ANSWERS: Final = 8
+"""Contexts of one such pair whose answer is kept."""
+SHORT: Final = 256
+"""Characters of a context that is."""
 NOTHING: Final = Decision(allow=False)
 _Key = tuple[str, str, str, str, str, str]
 
@@ -59,6 +63,20 @@ class _Slice:
     """The same and the rules in shadow mode; None where there are none of those."""
     visible: bool | None = None
     """Found out when it is first asked."""
+    answers: dict[tuple[bool, str], cedar.Answer] = field(default_factory=dict)
+    """Of some contexts, those of the rules in shadow mode apart: rules that read little are asked the same again."""
+
+    def answer(self, ready: _Ready, context: str) -> cedar.Answer:
+        """What some of the rules say in a context."""
+        key = (ready is self.enforced, context)
+        found = self.answers.get(key)
+        if found is None:
+            found = cedar.evaluate({**self.head, "context": context}, ready.policies, self.entities)
+            if len(context) <= SHORT:
+                if len(self.answers) >= ANSWERS:
+                    self.answers.clear()
+                self.answers[key] = found
+        return found
 
 
 class CedarEngine:
@@ -142,8 +160,7 @@ class CedarEngine:
             return Decision(True, version=self.version)
         if ready is None:
             return replace(NOTHING, version=self.version)
-        context = json.dumps(_context(request, ready.reads, found.offer))
-        answer = cedar.evaluate({**found.head, "context": context}, ready.policies, found.entities)
+        answer = found.answer(ready, json.dumps(_context(request, ready.reads, found.offer)))
         if answer.errors:
             return Decision(False, answer.reasons, errors=answer.errors, version=self.version)
         rules = [ready.rules[name] for name in answer.reasons]

@@ -25,15 +25,6 @@ class Pattern:
     shortest: int = 16
     """Characters it has at least."""
 
-    def possible(self, lower: str) -> bool:
-        """Whether a text, given in lower case, may hold one."""
-        if len(lower) < self.shortest:
-            return False
-        for probe in self.probes:
-            if probe in lower:
-                return True
-        return not self.probes
-
 
 def luhn(text: str) -> bool:
     """Whether digits are a card's number."""

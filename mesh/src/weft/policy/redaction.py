@@ -79,7 +79,8 @@ class Redactor:
         recognize: Recognize | None = None,
     ) -> None:
         self.classes = tuple(dict.fromkeys(classes))
-        self._patterns = tuple(pattern for name in self.classes for pattern in CLASSES[name])
+        patterns = [pattern for name in self.classes for pattern in CLASSES[name]]
+        self._patterns = tuple((pattern, pattern.shortest, pattern.probes) for pattern in patterns)
         self._known = tuple(sorted({one for one in known if len(one) >= 6}, key=len, reverse=True))
         self._recognize = recognize
         self._secret_keys = "secrets" in self.classes
@@ -103,8 +104,10 @@ class Redactor:
         """Without what has the form of one of the classes."""
         lower = text.lower()
         digits = _DIGITS.search(text) is not None
-        for pattern in self._patterns:
-            if not pattern.possible(lower) or not (digits or pattern.probes):
+        size = len(lower)
+        for pattern, shortest, probes in self._patterns:
+            # For most texts this is all there is to do.
+            if size < shortest or not (any(map(lower.__contains__, probes)) if probes else digits):
                 continue
             changed = _replaced(pattern, text, lower, found)
             if changed is not text:

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 from weft.sidecar.guards import Guards
@@ -86,7 +87,14 @@ class Call:
 
     def with_fact(self, name: str, value: Any) -> Call:
         """The call with one more thing found out."""
-        return replace(self, facts={**self.facts, name: value})
+        values = list(_VALUES(self))  # `replace` looks at every field by name
+        values[_FACTS] = {**self.facts, name: value}
+        return Call(*values)
+
+
+_NAMES: Final = [one.name for one in fields(Call)]
+_VALUES: Final = attrgetter(*_NAMES)
+_FACTS: Final = _NAMES.index("facts")
 
 
 @dataclass(frozen=True, slots=True)

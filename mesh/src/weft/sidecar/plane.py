@@ -317,7 +317,7 @@ class Plane:
         async with served.upstream.borrowed() as session:
             if call.method in ENDLESS:
                 return await self._listen(session, call, request, heard)
-            if call.method == "tools/call" and isinstance(session.link, Inside):
+            if call.method == "tools/call" and served.server.builtin and isinstance(session.link, Inside):
                 return await session.link.perform(call, InName(self, call))
             try:
                 return await self._call(session, call, heard, headers)

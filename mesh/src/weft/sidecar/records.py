@@ -11,14 +11,16 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from weft.core.broker import Broker
+from weft.core.broker import Broker, sequence_of
 from weft.core.supervise import Tasks
 from weft.policy.patterns import PRESIDIO
 from weft.policy.redaction import MARK, Redactor, kinds, redactor
@@ -27,8 +29,9 @@ from weft.sidecar.pipeline import Call, Outcome, Passing, Refusal
 from weft.sidecar.presidio.recognizer import Recognizer, Unrecognized
 from weft.sidecar.weight import aside, heavy
 from weft_protocols import headers as h
-from weft_protocols.audit import AuditRecord, Kind, digest, plain_form
-from weft_protocols.errors import BrokerError, TooLarge
+from weft_protocols.audit import AuditRecord, Kind, plain_form
+from weft_protocols.canonical import SAFE_INTEGER
+from weft_protocols.errors import BrokerError, TooLarge, WeftError
 from weft_protocols.mcp import CODES, UNRECORDED
 
 log = logging.getLogger("weft.sidecar")
@@ -41,8 +44,13 @@ TAKEN_OUT: Final = frozenset({"secrets", "pii"})
 """Classes of data that stand in no record, whatever may be in results."""
 BEFORE: Final = 5.0
 """Seconds an intent has to be stored."""
+PATIENCE: Final = 15.0
+"""Seconds an outcome has to be stored."""
 BREATH: Final = 0.002
 """Seconds in which an answer gets out before its record is made."""
+AT_ONCE: Final = 32
+"""Records that are made without letting others have a turn."""
+_MARK: Final = MARK.encode()
 BEHIND: Final = 256
 """Outcomes that are being stored; with more, calls wait for theirs."""
 
@@ -58,6 +66,12 @@ class Recorder:
         """Records that could not be stored."""
         self._redactor = redactor(TAKEN_OUT)
         self._tasks = Tasks("audit records")
+        self._waiting: list[tuple[Kind, Call, Outcome]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._open = 0
+        """Outcomes that are not known to be stored."""
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def made(
         self, kind: Kind, call: Call, outcome: Outcome | None = None, arguments: Redactor | None = None
@@ -124,38 +138,86 @@ class Recorder:
 
     async def store(self, record: AuditRecord, *, timeout: float) -> None:
         """Store a record. Raises BrokerError if it is not known to be stored, ValueError if it cannot be."""
-        lines = h.block(h.fields({h.DEDUPLICATION_ID: f"{record.id}:{record.kind}"}))
-        await self._broker.publish(record.subject, record.encode(), headers=lines, timeout=timeout)
+        await self._broker.publish(record.subject, record.encode(), headers=_headers(record), timeout=timeout)
 
     async def store_later(self, kind: Kind, call: Call, outcome: Outcome) -> None:
         """Have the record of an outcome made and stored, after whoever waits for the answer has it.
 
         Waits for that only where too many are being stored.
         """
-        if len(self._tasks) < BEHIND:
-            self._tasks.start(self._behind(kind, call, outcome), name="an audit record")
-        else:
+        if self._open >= BEHIND:
             await self._kept(kind, call, outcome)
-
-    async def _behind(self, kind: Kind, call: Call, outcome: Outcome) -> None:
-        await asyncio.sleep(BREATH)
-        await self._kept(kind, call, outcome)
+            return
+        self._open += 1
+        self._idle.clear()
+        self._waiting.append((kind, call, outcome))
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(BREATH, self._flush)
 
     async def aclose(self) -> None:
         """Store what is under way, for a while."""
         try:
             async with asyncio.timeout(BEFORE):
-                await self._tasks.idle()
+                await self._idle.wait()
         except TimeoutError:
-            log.error("%d audit records are not known to be stored", len(self._tasks))
+            log.error("%d audit records are not known to be stored", self._open)
         await self._tasks.aclose()
+
+    def _flush(self) -> None:
+        """Make and send what waits: one after the other, without a task for each."""
+        now, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+        self._timer = asyncio.get_running_loop().call_later(0, self._flush) if self._waiting else None
+        for kind, call, outcome in now:
+            if not isinstance(call.facts.get(owed.RECORD), AuditRecord) or heavy(outcome.result):
+                self._tasks.start(self._late(kind, call, outcome), name="an audit record")
+                continue
+            try:
+                record = self.made(kind, call, outcome)
+                self._broker.publish_then(
+                    record.subject, record.encode(), headers=_headers(record), then=partial(self._answered, record)
+                )
+            except Exception:  # noqa: BLE001 - it is tried again there, and whatever it is said
+                self._tasks.start(self._late(kind, call, outcome), name="an audit record")
+
+    def _answered(self, record: AuditRecord, data: bytes, _: bytes | None, error: WeftError | None) -> None:
+        """The broker's answer to a record. One that is not stored is sent again: it is stored once all the same."""
+        try:
+            if error is not None:
+                raise error
+            sequence_of(data)
+        except WeftError:
+            self._tasks.start(self._again(record), name="an audit record")
+        else:
+            self._done()
+
+    async def _again(self, record: AuditRecord) -> None:
+        try:
+            await self.store(record, timeout=PATIENCE)
+        except (BrokerError, ValueError) as error:
+            self._lose(record.kind, record.id, error)
+        finally:
+            self._done()
+
+    async def _late(self, kind: Kind, call: Call, outcome: Outcome) -> None:
+        try:
+            await self._kept(kind, call, outcome)
+        finally:
+            self._done()
+
+    def _done(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._idle.set()
 
     async def _kept(self, kind: Kind, call: Call, outcome: Outcome) -> None:
         try:
-            await self.store(await self.written(kind, call, outcome), timeout=15.0)
+            await self.store(await self.written(kind, call, outcome), timeout=PATIENCE)
         except (BrokerError, ValueError, RecursionError) as error:
-            self.lost += 1
-            log.error("the %s of call %s is not stored: %s", kind, call.facts.get(owed.CALL, ""), error)
+            self._lose(kind, str(call.facts.get(owed.CALL, "")), error)
+
+    def _lose(self, kind: Kind, ident: str, error: Exception) -> None:
+        self.lost += 1
+        log.error("the %s of call %s is not stored: %s", kind, ident, error)
 
     def _what(self, call: Call, looking: Redactor | None) -> dict[str, Any]:
         arguments = dict(call.arguments)
@@ -165,12 +227,14 @@ class Recorder:
             "name": self._redactor.text(call.name[:512]),
             "definition": call.definition_digest,
         }
-        if arguments:
-            made["arguments"] = digest(arguments)
-        if arguments and call.guards.show_arguments:
-            fits = len(json.dumps(arguments)) <= 2 * SHOWN
-            shown = _json(looking.value(arguments)) if looking is not None and fits else None
-            made["shown"] = shown if len(json.dumps(shown)) <= SHOWN else None
+        if not arguments:
+            return made
+        data = plain_form(arguments)
+        made["arguments"] = hashlib.sha256(data).hexdigest()
+        if call.guards.show_arguments:
+            value = looking.value(arguments) if looking is not None and len(data) <= 2 * SHOWN else None
+            size = len(data) if value is arguments else len(plain_form(value))
+            made["shown"] = _json(value) if size <= SHOWN else None
         return made
 
     def _outcome(self, call: Call, outcome: Outcome) -> dict[str, Any]:
@@ -208,7 +272,7 @@ class Recorded(Passing):
 
     async def before(self, call: Call) -> Call | Refusal | Outcome:
         """Give it an id."""
-        return call.with_fact(owed.CALL, uuid.uuid4().hex)
+        return call.with_fact(owed.CALL, secrets.token_hex(16))
 
     async def after(self, call: Call, outcome: Outcome) -> Outcome:
         """Record it."""
@@ -241,6 +305,10 @@ class Intended(Passing):
         return call.with_fact(owed.RECORD, record)
 
 
+def _headers(record: AuditRecord) -> bytes:
+    return h.block(h.fields({h.DEDUPLICATION_ID: f"{record.id}:{record.kind}"}))
+
+
 def _who(call: Call) -> dict[str, Any]:
     return {
         "agent": call.caller,
@@ -257,19 +325,22 @@ def _who(call: Call) -> dict[str, Any]:
 def _redactions(call: Call, shown: bytes) -> dict[str, int]:
     """What was taken out, by kind: as it was counted, and as the marks say that stand in what the caller gets."""
     counted = call.facts.get(owed.REDACTED) or {}
-    return dict(Counter(counted) | (kinds(shown.decode()) if MARK.encode() in shown else Counter()))
+    if _MARK not in shown:
+        return dict(counted)
+    return dict(Counter(counted) | kinds(shown.decode()))
 
 
 def _json(value: Any) -> Any:
     """A JSON value that has a canonical form: what has none is text."""
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return value if value.isascii() else value.encode(errors="backslashreplace").decode()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(_json(str(key))): _json(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
+    if kind is dict:
+        return {_json(key if type(key) is str else str(key)): _json(one) for key, one in value.items()}
+    if kind is list or kind is tuple:
         return [_json(one) for one in value]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**53 - 1:
-        return str(value)
-    return value
+    if kind is int:
+        return value if -SAFE_INTEGER <= value <= SAFE_INTEGER else str(value)
+    if kind is float:
+        return value if math.isfinite(value) else str(value)
+    return _json(dict(value)) if isinstance(value, Mapping) else value
