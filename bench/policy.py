@@ -30,8 +30,9 @@ def run() -> dict[str, Any]:
     loaded = time.process_time() - begun
     engine = compiled.engine(catalog)
     requests = [
-        Request(f"agent{n % 4}", "call", "s7", f"t{n % TOOLS}", {"amount": 5.5 + n % 90, "to": "a", "text": "x" * 200})
-        for n in range(80)
+        # Arguments that come again would be remembered.
+        Request(f"agent{n % 4}", "call", "s7", f"t{n % TOOLS}", {"amount": 5 + n / 100, "to": "a", "text": "x" * 200})
+        for n in range(800)
     ]
     assert all(engine.decide(one).allow for one in requests)
     shared = compile_bundle(Bundle.of({"rules.cedar": _rules(TEAMS, everybody=True)}), catalog).engine(catalog)

@@ -106,9 +106,15 @@ class Redactor:
         digits = _DIGITS.search(text) is not None
         size = len(lower)
         for pattern, shortest, probes in self._patterns:
-            # For most texts this is all there is to do.
-            if size < shortest or not (any(map(lower.__contains__, probes)) if probes else digits):
+            if size < shortest:
                 continue
+            # Of most texts that is all there is to do.
+            for probe in probes:
+                if probe in lower:
+                    break
+            else:
+                if probes or not digits:
+                    continue
             changed = _replaced(pattern, text, lower, found)
             if changed is not text:
                 text, lower = changed, changed.lower()
