@@ -152,7 +152,7 @@ class Forwarder:
 
     @asynccontextmanager
     async def _relay(self, ctx: ServerRequestContext[Any, Any]) -> Any:
-        """What is heard during a request goes to its client, in order, before the result."""
+        """What is heard during a request goes to its client, in order, before the result or the error."""
         queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue(QUEUED)
         pump: list[asyncio.Task[Any]] = []
 
@@ -168,15 +168,21 @@ class Forwarder:
             except asyncio.QueueFull:
                 log.warning("a client does not read; %s is left out", method)
 
+        async def told() -> None:
+            if pump:
+                await queue.put(None)
+                await asyncio.wait(pump)
+
         try:
             yield heard
+        except ToolError:
+            await told()
+            raise
         except BaseException:
             for task in pump:
                 task.cancel()
             raise
-        if pump:
-            await queue.put(None)
-            await asyncio.wait(pump)
+        await told()
 
 
 async def notify(ctx: ServerRequestContext[Any, Any], method: str, params: Mapping[str, Any]) -> None:
