@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import msgpack
 import pytest
 from a2a.types import a2a_pb2 as pb
 from google.protobuf.message import Message as ProtoMessage
@@ -15,6 +17,8 @@ from google.protobuf.message import Message as ProtoMessage
 from weft.core.broker import Broker, Reply
 from weft.core.supervise import Tasks
 from weft.testing.broker import BrokerMesh, start_test_mesh
+from weft_coordinator.decide.ledger import Event
+from weft_coordinator.decide.locks import Ask, Locks, Request, changes
 from weft_coordinator.service.app import Coordinator
 from weft_coordinator.service.settings import Settings
 from weft_protocols import a2a, ids, subjects
@@ -323,3 +327,53 @@ async def fresh_stage(anyio_backend: str) -> AsyncIterator[Stage]:
     finally:
         await made.aclose()
         await mesh.aclose()
+
+
+class LockLog:
+    """A ledger of locks and the log it is folded from. Task t1 delegated to t2, that to t3, and t4 to t5."""
+
+    PARENT: ClassVar = {"t2": "t1", "t3": "t2", "t5": "t4"}
+
+    def __init__(self) -> None:
+        self.locks = Locks()
+        self.log: list[Event] = []
+
+    def fold(self, events: Sequence[Event]) -> Sequence[Event]:
+        for event in events:
+            stored = msgpack.unpackb(msgpack.packb(event))
+            self.log.append(stored)
+            self.locks.apply(tuple(stored), number=len(self.log), at=1000 + len(self.log))
+        return events
+
+    def ask(self, task: str, *names: str, **fields: Any) -> Request:
+        """Ask and fold; a new request each time if none is named."""
+        made = Ask(
+            **{
+                "agent": "x",
+                "replica": "r1",
+                "task": task,
+                "request": f"{task}/{len(self.log)}",
+                "claim": 1,
+                "names": names,
+                **fields,
+            }
+        )
+        self.fold(self.locks.request(made, ancestors=self.ancestors(task)))
+        found = self.locks.find(made.agent, made.request)
+        assert found is not None
+        return found
+
+    def release(self, request: Request) -> list[str]:
+        """Release and fold; the tasks that were granted something."""
+        events = self.fold(self.locks.release(request.agent, request.request, claim=request.claim))
+        return [change[1].partition("/")[0] for change in changes(events) if change[2] == "granted"]
+
+    def ancestors(self, task: str) -> tuple[str, ...]:
+        parent = self.PARENT.get(task)
+        return () if parent is None else (parent, *self.ancestors(parent))
+
+
+@pytest.fixture(scope="session")
+def lock_log() -> type[LockLog]:
+    """The class: each call of it is a ledger of its own."""
+    return LockLog
