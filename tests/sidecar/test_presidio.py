@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,34 @@ async def test_all_texts_of_a_value_are_looked_at_keys_as_well(presidio: Recogni
     assert await of(presidio, value) == {GONE: [1, None, {"a": GONE, "b": "nothing"}]}
     same = {"a": ["nothing", 5]}
     assert await of(presidio, same) is same
+
+
+class Everything(Recognizer):
+    """A model that takes every text for a person."""
+
+    async def spans(self, texts: Iterable[str], within: float = 0) -> dict[str, list[tuple[int, int, str]]]:
+        return {text: [(0, len(text), "person")] for text in texts}
+
+
+async def test_what_belongs_to_the_protocol_is_not_asked_about() -> None:
+    """A model that is asked about `isError` alone may take it for a name, and the result would be none any more."""
+    result: dict[str, Any] = {
+        "resultType": "complete",
+        "content": [
+            {"type": "text", "text": "Ada Lovelace"},
+            {"type": "image", "data": "aGVsbG8=", "mimeType": "image/svg+xml"},
+            {"type": "resource_link", "uri": "mem://x", "name": "x"},
+        ],
+        "structuredContent": {"firstName": "Ada", "Ada Lovelace": 1},
+        "isError": False,
+        "_meta": {"io.modelcontextprotocol/serverInfo": {"version": "1.2.3"}},
+    }
+    found = await made(Everything(), result)
+    assert found["content"][0] == {"type": "text", "text": "[redacted:person]"}
+    assert found["content"][1] == result["content"][1]
+    assert found["structuredContent"] == {"firstName": "[redacted:person]", "[redacted:person]": 1}
+    assert (found["resultType"], found["isError"]) == ("complete", False)
+    assert "io.modelcontextprotocol/serverInfo" in found["_meta"]
 
 
 async def test_what_the_own_rules_took_out_is_not_taken_out_again(presidio: Recognizer) -> None:

@@ -103,9 +103,11 @@ def list_servers(output: str) -> None:
         states = {one["name"]: one for one in (await _states(broker)) or ()}
         return [_row(server, states.get(name)) for name, server in sorted(registered.items())]
 
-    Printer(output).rows(
-        _as_operator(gather), COLUMNS, empty="no tool server yet; `mesh tools add NAME -- COMMAND` registers one"
-    )
+    printer, rows = Printer(output), _as_operator(gather)
+    printer.rows(rows, COLUMNS, empty="no tool server yet; `mesh tools add NAME -- COMMAND` registers one")
+    for row in rows:
+        if row["state"] == "failed" and not printer.machine:
+            printer.talk(f"{row['name']}: {row['failure']}")
 
 
 @command.command()

@@ -32,6 +32,10 @@ _COUNTS: Final = re.compile(r"(?i)token|pass|seed")
 _ENCODED: Final = re.compile(r"[A-Za-z0-9+/_-]{24,16384}={0,2}")
 _MARKED: Final = re.compile(r"\[redacted:([a-z0-9-]+)\]")
 _DIGITS: Final = re.compile(r"\d")
+_WORD: Final = re.compile(r"[a-z]{1,32}(?:/[a-z0-9.+-]{1,64})?\Z")
+"""One word or a media type, of which protocols and forms are full: nobody recognizes anything in it."""
+_IDENTIFIER: Final = re.compile(r"[A-Za-z_$][A-Za-z0-9_$.:/-]{0,128}\Z")
+"""A key that could be a name in a program, or of a protocol: likewise."""
 
 _PASSWORD_KEYS: Final = ("password", "passwd", "passphrase", "secret", "apikey", "privatekey", "accesskey", "secretkey")
 _TOKEN_KEYS: Final = ("accesstoken", "refreshtoken", "authtoken", "idtoken", "bearertoken", "sessiontoken", "apitoken")
@@ -68,7 +72,8 @@ class Redactor:
     Args:
         classes: names of `CLASSES`.
         known: secrets by their very value, e.g. those that were injected; at least six characters each count.
-        recognize: asked about every text, without what was taken out before.
+        recognize: asked about every text but single words and keys that are identifiers, without what was taken out
+            before.
     """
 
     def __init__(
@@ -89,14 +94,22 @@ class Redactor:
 
     def text(self, text: str, found: Redacted | None = None) -> str:
         """`text` without it. The very same object if there is nothing to take out."""
-        found, given = found if found is not None else Redacted(), text
+        return self._text(text, found if found is not None else Redacted(), _WORD)
+
+    def key(self, key: str, found: Redacted | None = None) -> str:
+        """The same of a key of an object."""
+        return self._text(key, found if found is not None else Redacted(), _IDENTIFIER)
+
+    def _text(self, text: str, found: Redacted, plain: re.Pattern[str]) -> str:
+        """`plain` is what nobody is asked about."""
+        given = text
         for secret in self._known:
             if secret in text:
                 found.counts["secret"] += text.count(secret)
                 text = text.replace(secret, f"{MARK}secret]")
         if len(text) >= 6:
             text = self._matched(text, found)
-        if self._recognize is not None and text:
+        if self._recognize is not None and text and not plain.match(text):
             text = _without(text, self._recognize(text), found)
         return given if text == given else text
 
@@ -160,7 +173,7 @@ class Redactor:
         """A key without what is redacted, and why its value is; empty if it is not."""
         if not isinstance(key, str):
             return key, ""
-        name, own = self.text(key, found), ""
+        name, own = self.key(key, found), ""
         plain = _PLAIN.sub("", key.lower()) if len(key) <= 64 else ""
         if self._secret_keys and (plain in _SECRET_KEYS or plain.endswith(_SECRET_ENDS)):
             own = "secret"

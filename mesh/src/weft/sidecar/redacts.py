@@ -203,7 +203,7 @@ class Looking:
         if level >= DEEPEST:
             return f"{MARK}too-deep]"
         if isinstance(value, dict):
-            return {self.text(key): self._texts(one, level + 1) for key, one in value.items()}
+            return {self.redactor.key(key, self.found): self._texts(one, level + 1) for key, one in value.items()}
         return [self._texts(one, level + 1) for one in value] if isinstance(value, list) else value
 
 

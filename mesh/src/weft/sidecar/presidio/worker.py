@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -123,7 +124,8 @@ def _say(out: TextIO, told: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve; the exit code."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)  # it warns of every recognizer it does not load
+    warnings.simplefilter("ignore")
     # Whatever a recognizer prints is no answer.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
