@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -292,12 +293,21 @@ async def test_listeners_learn_of_an_end_within_a_quarter_of_a_second(fresh_stag
 # Making it anew ------------------------------------------------------------------------------------
 
 
-async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(fresh_stage: Stage, tmp_path: Path) -> None:
+@pytest.fixture
+def number_of() -> Iterator[Callable[[Path], int]]:
+    """The inode of a file, which is given to no other one as long as the test runs."""
+    with ExitStack() as stack:
+        yield lambda path: os.fstat(stack.enter_context(path.open("rb")).fileno()).st_ino
+
+
+async def test_the_file_is_made_anew_while_tasks_are_stored_and_read(
+    fresh_stage: Stage, tmp_path: Path, number_of: Callable[[Path], int]
+) -> None:
     stage = fresh_stage
     running = await stage.coordinator(quick(tmp_path))
     sent = await some(stage)
     before = await everything(stage, *sent[:-2])
-    inode = (tmp_path / "1.db").stat().st_ino
+    inode = number_of(tmp_path / "1.db")
     made: list[Sent] = []
     told: set[str] = set()
     running.coordinator.tail.on_change(lambda moved: told.update(one.task for one in moved if one.ended))

@@ -108,6 +108,8 @@ class Recognizer:
 
     async def ready(self, within: float = START) -> str:
         """Start it, if it does not run. Why it cannot be asked; empty if it can."""
+        if self.pid is not None:
+            return ""
         try:
             async with asyncio.timeout(within), self._turn:
                 await self._running()
