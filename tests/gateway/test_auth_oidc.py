@@ -152,7 +152,7 @@ async def test_a_token_without_key_id_is_verified_by_the_only_key_of_its_type(is
 
 BAD_CLAIMS: dict[str, Callable[[float], dict[str, Any]]] = {
     "expired": lambda now: {"exp": now - 31},
-    "not yet valid": lambda now: {"nbf": now + 31},
+    "not yet valid": lambda now: {"nbf": now + 120},  # looked at later, with 30 s of leeway
     "issued in the future": lambda now: {"iat": now + 3600},
     "for another audience": lambda now: {"aud": "somebody-else"},
     "for a list of other audiences": lambda now: {"aud": ["a", "b"]},
