@@ -8,13 +8,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from weft_protocols.errors import InvalidConfig, WeftError
 
 PARENT: Final = "WEFT_PARENT_FD"
 """Environment variable with a pipe's reading end, whose other end the process that started this one holds."""
+
+_LAUNCH: Final = str(Path(__file__).with_name("launch.py"))
 
 
 def log_to_stderr() -> None:
@@ -49,6 +52,16 @@ def leave_when_told(leave: Callable[[], None]) -> None:
             leave()
 
         loop.add_reader(fd, gone)
+
+
+def dying_with_us(command: Sequence[str]) -> tuple[str, ...]:
+    """A command that does not outlive this process, however that ends; where the system cannot do that, as it is.
+
+    To be started by the main thread: the system ends it with the thread that forked.
+    """
+    if sys.platform != "linux":
+        return tuple(command)
+    return (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *command)
 
 
 def say(text: str) -> None:

@@ -11,13 +11,11 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-import weft.core
+from weft.core.process import dying_with_us
 from weft.core.supervise import Tasks
 from weft.sidecar.link import (
     ASKED_AT_ONCE,
@@ -49,7 +47,6 @@ LEAVE: Final = 2.0
 """Seconds between the end of its input and SIGTERM, and from there to SIGKILL."""
 SWEEP: Final = 10.0
 """Seconds that a jail has between SIGTERM and SIGKILL: if it is killed before it has swept, processes escape it."""
-_LAUNCH: Final = str(Path(weft.core.__file__).with_name("launch.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +96,7 @@ class StdioLink:
     async def start(cls, command: ProcessCommand, on_event: Heard, *, scrub: Scrubber | None = None) -> StdioLink:
         """Start the process. Raises LinkEnded if it cannot be. Secrets that `scrub` knows are in nothing it says."""
         made = cls(command, on_event, scrub=scrub)
-        argv = command.argv
-        if sys.platform == "linux" and not command.jailed:
-            argv = (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *argv)
+        argv = command.argv if command.jailed else dying_with_us(command.argv)
         inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         try:
             made._process = await asyncio.create_subprocess_exec(

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
@@ -14,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-import weft.core
 from weft.cli.supervisor.logfile import LogFile
 from weft.cli.supervisor.pipe import LinePipe
 from weft.cli.supervisor.policy import Ended, History, RestartPolicy, describe
 from weft.cli.supervisor.unit import State, Unit
+from weft.core.process import dying_with_us
 
 READY_LINE: Final = "ready"
 """What a line on stderr begins with when a process serves."""
 LONGEST_REASON: Final = 300
 """Characters of a child's last words that are kept."""
-_LAUNCH: Final = str(Path(weft.core.__file__).with_name("launch.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +160,8 @@ class Process(Unit):
         return Ended(code, now - begun, None if self._ready_at is None else now - self._ready_at)
 
     async def _spawn(self, out: int, err: int) -> asyncio.subprocess.Process:
-        command = self.spec.command
-        if sys.platform == "linux":
-            command = (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *command)
         return await asyncio.create_subprocess_exec(
-            *command,
+            *dying_with_us(self.spec.command),
             cwd=self.spec.folder,
             env=dict(self.spec.env),
             stdin=asyncio.subprocess.DEVNULL,

@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-import weft.core
+from weft.core.process import dying_with_us
 from weft.core.supervise import Tasks
 from weft.policy.patterns import PRESIDIO
 from weft.policy.redaction import Redactor, Span, redactor
@@ -41,7 +39,6 @@ OVERLAP: Final = 256
 LINE: Final = 8 * 1024 * 1024
 """Bytes of one answer."""
 _WORKER: Final = "weft.sidecar.presidio.worker"
-_LAUNCH: Final = str(Path(weft.core.__file__).with_name("launch.py"))
 
 
 class Unrecognized(Exception):
@@ -241,11 +238,8 @@ class Recognizer:
             await worker.aclose()
 
     async def _spawned(self) -> _Worker:
-        argv = self._command
-        if sys.platform == "linux":
-            argv = (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *argv)
         process = await asyncio.create_subprocess_exec(
-            *argv,
+            *dying_with_us(self._command),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
