@@ -408,21 +408,17 @@ async def test_of_other_methods_such_an_answer_is_an_error(presidio: Recognizer)
     assert raised.value.code == mcp.UNREDACTED
 
 
-async def test_a_call_whose_time_is_over_is_not_looked_through(presidio: Recognizer) -> None:
-    """Its server answered in time, but nobody is there any more to look."""
-
-    async def late(call: Call) -> dict[str, Any]:
-        assert call.deadline is not None
-        await asyncio.sleep(max(0.0, call.deadline - time.time()) + 0.05)
-        return {"content": [{"type": "text", "text": LEAK}]}
-
-    class Untimed(Passing):
-        async def before(self, call: Call) -> Call | Refusal | Outcome:
-            return call
-
-    call = replace(CALL, deadline=time.time() + 0.5)
-    result = await Pipeline([Redacts(presidio), Untimed()]).run(call, late)
-    assert PHONE not in json.dumps(result)
+async def test_an_answer_is_looked_through_only_as_long_as_its_caller_waits(own: Recognizer) -> None:
+    assert await own.ready() == ""
+    assert own.pid is not None
+    os.kill(own.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    call = replace(CALL, deadline=time.time() + 1)
+    found = await made(own, {"content": [{"type": "text", "text": LEAK}]}, call)
+    os.kill(own.pid, signal.SIGCONT)
+    assert time.monotonic() - begun < 15  # not for as long as others might
+    assert "what came back is left out" in found["content"][0]["text"]
+    assert PHONE not in json.dumps(found)
 
 
 # Notifications -------------------------------------------------------------------------------------
