@@ -377,7 +377,7 @@ async def test_code_that_takes_too_long_does_not_switch_the_server_off(stage: An
 async def test_removing_the_server_ends_what_runs(stage: Any) -> None:
     server = await stage.code(code={"seconds": 300})
     running = asyncio.create_task(stage.python(server, "while True: pass"))
-    await eventually(workers)
+    await eventually(computing)
     await stage.store.remove(server)
     with pytest.raises(ToolError, match="ended"):
         await running
@@ -416,6 +416,7 @@ async def test_without_a_free_process_a_call_is_told_to_come_again() -> None:
 
     limits = Limits(concurrency=1, queue_timeout=0.2)
     link = await CodeLink.start(limits, Journals(None), Guards())  # type: ignore[arg-type]
+    await eventually(lambda: not workers())  # that of its start
     within = InName(None, call("1"))  # type: ignore[arg-type]
     first = asyncio.create_task(link.perform(call("import time\ntime.sleep(9)"), within))
     await eventually(workers)
