@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from weft.core.process import dying_with_us
 from weft.core.supervise import Tasks
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 ENDING: Final = 5.0
 """Seconds a child has between SIGTERM and SIGKILL."""
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def cpu_seconds(pid: int) -> float:
@@ -109,14 +108,13 @@ class Children:
     ) -> Child:
         """Start a process. It dies with this one, even by SIGKILL (Linux)."""
         process = await asyncio.create_subprocess_exec(
-            *map(str, arguments),
+            *dying_with_us([str(one) for one in arguments]),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE if stdout else asyncio.subprocess.DEVNULL,
             stderr=stderr,
             env={**os.environ, **(env or {})},
             cwd=ROOT,
             start_new_session=True,  # Ctrl-C is for this process, which ends the others in order
-            preexec_fn=_die_with(os.getpid()),
         )
         child = Child(name, process)
         self._children.append(child)
@@ -158,18 +156,3 @@ class Children:
         while self._children:
             await self._children.pop().end()
         await self._drains.aclose()
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a child runs before it becomes the program: have the kernel kill it when its parent dies."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    number, current, leave = int(signal.SIGKILL), os.getppid, os._exit
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, number)
-        if current() != parent:
-            leave(127)
-
-    return prepare

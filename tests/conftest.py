@@ -15,9 +15,6 @@ from weft.testing.broker import BrokerMesh, start_test_mesh, unique_name
 
 # A shell starts background jobs with SIGINT ignored, and processes started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Its handlers now and then abort a process that is forked while its threads are at work, before that becomes another
-# program: here a gateway and the brokers of other tests are children of one process.
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 @pytest.fixture(scope="session")

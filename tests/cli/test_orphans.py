@@ -63,33 +63,40 @@ def test_the_guardian_survives_a_signal_to_everybody(owner: subprocess.Popen[str
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_the_system_itself_ends_a_child_whose_guardian_died_first(until: Callable[..., Any]) -> None:
-    launch = Path(__file__).parents[2] / "mesh/src/weft/core/launch.py"
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_system_itself_ends_a_child_whose_guardian_died_first(
+    number: signal.Signals, until: Callable[..., Any], tmp_path: Path
+) -> None:
+    mark = tmp_path / "told"
+    child = (
+        "import signal, sys; "
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(mark)!r}, 'w').close(), sys.exit())); "
+        "print(1, flush=True); signal.sigtimedwait([signal.SIGUSR1], 60)"
+    )
     code = (
-        "import os, subprocess, sys, time; "
-        f"p = subprocess.Popen([sys.executable, '-I', '-S', {str(launch)!r}, str(os.getpid()), "
-        "sys.executable, '-S', '-c', 'import time; print(1, flush=True); time.sleep(60)'], "
-        "stdout=subprocess.PIPE, text=True); "
-        "p.stdout.readline(); print(p.pid, flush=True); time.sleep(60)"
+        "import signal, subprocess, sys\nfrom weft.core.process import dying_with_us\n"
+        f"argv = dying_with_us([sys.executable, '-S', '-c', {child!r}], number=signal.Signals({int(number)}))\n"
+        "p = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)\n"
+        "p.stdout.readline(); print(p.pid, flush=True); p.wait(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert process_started(child) is not None
+        pid = int(parent.stdout.readline())
+        assert process_started(pid) is not None
         parent.kill()
-        until(lambda: process_started(child) is None)
+        until(lambda: process_started(pid) is None)
+    assert mark.exists() == (number is signal.SIGTERM)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_child_whose_parent_is_gone_already_does_not_begin(tmp_path: Path) -> None:
-    launch = Path(__file__).parents[2] / "mesh/src/weft/core/launch.py"
     mark = tmp_path / "began"
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", str(launch), "1", sys.executable, "-c", f"open({str(mark)!r}, 'w')"],
-        capture_output=True,
-        text=True,
-        check=False,
+    code = (
+        "import sys; from weft.core.process import dying_with_us; "
+        f"print('\\n'.join(dying_with_us([sys.executable, '-c', \"open({str(mark)!r}, 'w')\"])))"
     )
+    argv = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    run = subprocess.run(argv.splitlines(), capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "supervisor ended" in run.stderr
+    assert "ended before it began" in run.stderr
     assert not mark.exists()

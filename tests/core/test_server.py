@@ -313,6 +313,16 @@ async def test_the_server_goes_when_its_parent_is_killed(home: Path) -> None:
     assert _process_gone(pid)
 
 
+async def test_no_handler_of_a_fork_runs_when_the_server_starts(home: Path) -> None:
+    # Those of gRPC now and then abort the new process while their threads are at work.
+    body = (
+        "import os; forks = []; os.register_at_fork(before=lambda: forks.append(1)); "
+        "await server.start(); print(len(forks), flush=True); await server.stop()"
+    )
+    with _script(home, body) as child:
+        assert await _ended(child) == (0, "0\n")
+
+
 async def test_without_orphan_protection_the_server_outlives_its_parent_and_can_be_adopted(home: Path) -> None:
     body = "await server.start(); print(server.pid, flush=True); await server.wait()"
     with _script(home, body, options="") as child:

@@ -54,14 +54,15 @@ def leave_when_told(leave: Callable[[], None]) -> None:
         loop.add_reader(fd, gone)
 
 
-def dying_with_us(command: Sequence[str]) -> tuple[str, ...]:
+def dying_with_us(command: Sequence[str], *, number: signal.Signals = signal.SIGKILL) -> tuple[str, ...]:
     """A command that does not outlive this process, however that ends; where the system cannot do that, as it is.
 
-    To be started by the main thread: the system ends it with the thread that forked.
+    The system sends it the signal `number`. To be started by the main thread: it is ended with the thread that forked.
+    Nothing of this runs between fork and exec, where handlers of other libraries' threads could abort it.
     """
     if sys.platform != "linux":
         return tuple(command)
-    return (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), *command)
+    return (sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), str(int(number)), *command)
 
 
 def say(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import importlib.metadata
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from weft.core.home import process_started
+from weft.core.process import dying_with_us
 from weft_protocols.errors import InvalidConfig, Unavailable, UsageError
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ POLL: Final = 0.01
 _PORTS: Final = range(20_000, 32_000)
 """Below the ports that systems give to outgoing connections: one of those could take the port of a stopped
 server, and a client that keeps trying to reconnect could even be connected to itself."""
-_LINUX: Final = sys.platform.startswith("linux")
-_PR_SET_PDEATHSIG: Final = 1
-_PASSED_ON: Final = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "SSL_CERT_FILE")
+_PASSED_ON: Final = (
+    *("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "TZ", "LANG"),
+    *("GOGC", "GOMAXPROCS", "GOMEMLIMIT", "SSL_CERT_FILE"),
+)
 _DEFAULTS: Final = {"GOGC": "200"}
 """The server makes much garbage and keeps little: collecting half as often saves it a tenth of its CPU time."""
 
@@ -93,20 +94,19 @@ def spawn(
     With `orphan_protection` (Linux) the system ends the server when the calling thread's process dies; the
     thread must be the main one, because the signal is tied to the thread that forks.
     """
-    prepare: Callable[[], None] | None = None
-    if orphan_protection and _LINUX:
+    command: tuple[str, ...] = (str(binary), *arguments)
+    if orphan_protection:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("orphan_protection works only when the server is started from the main thread")
-        prepare = _die_with(os.getpid())
+        command = dying_with_us(command, number=signal.SIGTERM)
     return subprocess.Popen(
-        [str(binary), *arguments],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
         env=_DEFAULTS | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
         pass_fds=(lock,),
         start_new_session=True,
-        preexec_fn=prepare,
     )
 
 
@@ -215,16 +215,3 @@ async def _run(binary: Path, *arguments: str) -> tuple[int, str]:
             process.kill()
             await process.wait()
     return process.returncode or 0, output.decode(errors="replace")
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """What the child runs before it becomes the server. Everything it needs is looked up before the fork."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    end, number, current, leave = os._exit, int(signal.SIGTERM), os.getppid, 127
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, number)
-        if current() != parent:  # the parent died before the call
-            end(leave)
-
-    return prepare

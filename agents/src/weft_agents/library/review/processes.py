@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import sys
@@ -12,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from weft.core.process import dying_with_us
 from weft.core.supervise import Tasks
 from weft_protocols.errors import Unavailable
 
 READY: Final = "ready"
 """What a line on stderr begins with when a process serves."""
 _TAIL: Final = 12
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Process:
@@ -87,9 +86,11 @@ class Processes:
 
     async def start(self, label: str, arguments: Sequence[str], env: Mapping[str, str]) -> Process:
         """Start `python ARGUMENTS…`; returns before it is ready."""
+        command: tuple[str, ...] = (sys.executable, *arguments)
+        if threading.current_thread() is threading.main_thread():
+            command = dying_with_us(command)
         inner = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *arguments,
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -97,7 +98,6 @@ class Processes:
             pass_fds=(self._read_end,),
             # Ctrl-C is for this process, which then ends the others in order.
             start_new_session=True,
-            preexec_fn=_dies_with_parent(),
         )
         process = self.all[label] = Process(label, inner)
         self._tasks.start(self._watch(process), name=label)
@@ -157,18 +157,3 @@ class Processes:
 def _inherited() -> dict[str, str]:
     """This process's environment, without what would lead a child to another mesh."""
     return {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
-
-
-def _dies_with_parent() -> Callable[[], None] | None:
-    """What a child runs first so that SIGKILL of this process ends it too (Linux, started by the main thread)."""
-    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
-        return None
-    # Looked up before the fork: between fork and exec nothing may be imported.
-    prctl, parent, of_child, leave = ctypes.CDLL(None, use_errno=True).prctl, os.getpid(), os.getppid, os._exit
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if of_child() != parent:
-            leave(127)
-
-    return prepare
