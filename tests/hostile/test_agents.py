@@ -271,28 +271,16 @@ async def test_a_body_elsewhere_of_another_is_read_as_ones_own_and_must_say_what
     assert not hostile.reached(server)
 
 
-async def test_large_arguments_hold_nobody_up(hostile: Any, mallory: Mallory) -> None:
+async def test_large_arguments_hold_nobody_up(hostile: Any, mallory: Mallory, turns: Any) -> None:
     server = await hostile.server()
     arguments = {"x": ["thread by thread"] * 300_000}
-    begun = time.monotonic()
+    begun = time.thread_time()
     digest(arguments)
-    work = time.monotonic() - begun  # what everybody would wait for, several times
+    work = time.thread_time() - begun  # what everybody would wait for, several times
     ref = await blobs.put(mallory.broker, mallory.body(arguments=arguments))
-    stop, longest = asyncio.Event(), 0.0
-
-    async def watch() -> None:
-        nonlocal longest
-        while not stop.is_set():
-            begun = time.monotonic()
-            await asyncio.sleep(0.01)
-            longest = max(longest, time.monotonic() - begun)
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(watch())
-        await asyncio.sleep(0)  # it begins to wait
+    async with turns:
         await mallory.ask(server, Mcp_Claim=ref.url)
-        stop.set()
-    assert longest < 1.6 * work  # twice as long, where nothing is done aside
+    assert turns.work < 0.85 * work  # more than all of it, where nothing is done aside
     record = await hostile.recorded(server, "intent", mallory.name)
     assert "shown" not in record.what
 

@@ -20,8 +20,6 @@ pytestmark = pytest.mark.anyio
 pytest.importorskip("pydantic_monty", reason="needs the extra `code`")
 
 SHORT: dict[str, Any] = {"seconds": 0.5, "memory": "32M", "calls": 5, "output": 4096}
-LATE = 0.9
-"""Seconds for which a busy machine may hold up the event loop; what blocks it does so for the whole run."""
 
 
 def workers() -> set[int]:
@@ -245,26 +243,14 @@ async def test_the_time_of_other_tools_counts_for_the_whole_only(stage: Any) -> 
 # Others --------------------------------------------------------------------------------------------
 
 
-async def test_nobody_is_disturbed_and_the_sidecar_never_stands_still(stage: Any) -> None:
+async def test_nobody_is_disturbed_and_the_sidecar_never_stands_still(stage: Any, turns: Any) -> None:
     server = await stage.code(code={**SHORT, "seconds": 1})
-    held: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.01)
-            held.append(time.monotonic() - before - 0.01)
-
-    ticking = asyncio.create_task(tick())
-    try:
-        async with asyncio.TaskGroup() as group:
-            bad = [group.create_task(stage.python(server, source)) for source, _ in ENDLESS.values()]
-            good = [group.create_task(stage.python(server, f"sum(range({n}))")) for n in range(20)]
-    finally:
-        ticking.cancel()
+    async with turns, asyncio.TaskGroup() as group:
+        bad = [group.create_task(stage.python(server, source)) for source, _ in ENDLESS.values()]
+        good = [group.create_task(stage.python(server, f"sum(range({n}))")) for n in range(20)]
     assert [one.result()["structuredContent"]["result"] for one in good] == [sum(range(n)) for n in range(20)]
     assert all(one.result()["isError"] for one in bad)
-    assert max(held) < LATE
+    assert turns.count > 10 * turns.took  # what blocks the loop does so for as long as code runs
 
 
 async def test_a_worker_that_dies_fails_its_call_only(stage: Any) -> None:
