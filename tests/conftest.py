@@ -1,7 +1,8 @@
 """Shared by every test: the async backend, and real brokers.
 
-`mesh` is one broker for the whole session: take unused names from `unique`, add them, and leave the server
-alone. `fresh_mesh` is a broker of the test's own, to be killed, filled or reconfigured.
+`mesh` is one broker for a whole module: take unused names from `unique`, add them, and leave the server
+alone. One for all modules would cost more than it saves: to declare an agent takes the longer the more there are.
+`fresh_mesh` is a broker of the test's own, to be killed, filled or reconfigured.
 """
 
 import asyncio
@@ -79,9 +80,9 @@ def unique() -> Callable[[str], str]:
     return unique_name
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
-    """The session's broker, with caller `local`."""
+    """The module's broker, with caller `local`."""
     running = await start_test_mesh()
     yield running
     await running.aclose()

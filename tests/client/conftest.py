@@ -259,13 +259,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-async def mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
-    """A broker of this module's own: on the session's, others may have started a coordinator, which would answer."""
-    async with await start_test_mesh() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 async def host(mesh: BrokerMesh, anyio_backend: str) -> AsyncIterator[Host]:
     """An agent of this module's own."""
     agent = unique_name("hosted")

@@ -13,7 +13,7 @@ from weft.core.broker import Broker
 from weft.core.history import StreamReader
 from weft.core.supervise import Tasks
 from weft.testing.agents import eventually
-from weft.testing.broker import BrokerMesh, start_test_mesh
+from weft.testing.broker import BrokerMesh
 from weft_coordinator.decide import laws
 from weft_coordinator.decide.ledger import Event, Ledgers
 from weft_coordinator.shell.decided import Commit, DecidedLog
@@ -112,12 +112,6 @@ class Nodes:
     async def aclose(self) -> None:
         for node in self._made:
             await node.stop()
-
-
-@pytest.fixture(scope="module")
-async def mesh(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
-    async with await start_test_mesh([]) as made:
-        yield made
 
 
 @pytest.fixture

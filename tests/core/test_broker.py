@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -321,10 +322,18 @@ async def test_a_subscription_that_is_drained_hands_over_what_was_sent_before(
     subject, heard = unique("drain"), list[bytes]()
     subscription = await broker.subscribe(subject, lambda message: heard.append(message.data))
     await broker.flush()
-    for _ in range(200):
-        sender.send(subject, bytes(20_000))
-    await sender.flush()
-    assert len(heard) < 200, "nothing was under way"
+
+    async def send() -> None:
+        other = await mesh.connect("coordinator")
+        for _ in range(200):
+            other.send(subject, bytes(20_000))
+        await other.flush()
+        await other.close()
+
+    meanwhile = threading.Thread(target=asyncio.run, args=(send(),))
+    meanwhile.start()
+    meanwhile.join(10)  # nothing is read here meanwhile
+    assert not heard
     await subscription.drain()
     assert len(heard) == 200
     sender.send(subject, b"late")

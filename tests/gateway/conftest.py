@@ -121,9 +121,9 @@ class Serve(Protocol):
     def __call__(self, settings: GatewayConfig | None = ..., **environment: str) -> Awaitable[Served]: ...
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def stage(anyio_backend: str) -> AsyncIterator[BrokerMesh]:
-    """A mesh with a coordinator and a card key, for the session."""
+    """A mesh with a coordinator and a card key, for the module."""
     async with await start_test_mesh(callers=["local", "stranger"]) as mesh:
         ensure_card_key(Home(mesh.home))
         async with coordinator_process(mesh):

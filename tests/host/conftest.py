@@ -1,4 +1,4 @@
-"""Agents' names, a caller, and a coordinator for the tests that read by task id, on the session's broker."""
+"""Agents' names, a caller, and a coordinator for the tests that read by task id, on the module's broker."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,20 +12,20 @@ from weft.testing.scratch import Scratch
 
 WORKER = Path(__file__).with_name("worker.py")
 
-CHUNK = 60
+CHUNK = 20
 """Names declared at a time: a change of accounts costs the broker a reload, whether of one or of many."""
 ENOUGH = 6
 """Names a test may take at most."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _declared() -> list[str]:
     return []
 
 
 @pytest.fixture
 async def unique(mesh: BrokerMesh, _declared: list[str]) -> Callable[[str], str]:
-    """Makes names of agents that no other test uses and the session's broker knows already."""
+    """Makes names of agents that no other test uses and the module's broker knows already."""
     if len(_declared) < ENOUGH:
         names = [unique_name("agent") for _ in range(CHUNK)]
         await mesh.add_agent(*names)
@@ -44,9 +44,9 @@ async def caller(mesh: BrokerMesh) -> AsyncIterator[weft.Mesh]:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def coordinator(mesh: BrokerMesh) -> AsyncIterator[Process]:
-    """The coordinator of the session's mesh."""
+    """The coordinator of the module's mesh."""
     async with coordinator_process(mesh) as process:
         yield process
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("coordinator")]
 Unique = Callable[[str], str]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 async def laws(mesh: BrokerMesh, coordinator: Process) -> AsyncIterator[None]:
     """Whatever the tests did, the coordinator's log breaks no law of locks."""
     yield

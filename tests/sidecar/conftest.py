@@ -1,4 +1,4 @@
-"""A tool plane on the session's broker, in front of a server that misbehaves as it is told."""
+"""A tool plane on the module's broker, in front of a server that misbehaves as it is told."""
 
 from __future__ import annotations
 
