@@ -105,6 +105,8 @@ class Real:
     npm: bool = False
     beside: tuple[str, ...] = ()
     """What has to be installed with it."""
+    ready: str = ""
+    """Python that completes the installation."""
 
 
 def wrote(world: World, n: int) -> tuple[str, dict[str, Any]]:
@@ -169,6 +171,7 @@ SERVERS = {
         lambda world, n, result: f"/{n}" in world.site.asked and "Woven" in json.dumps(result),
         lambda world: None,
         "mcp-server-fetch",
+        ready="from readabilipy.simple_json import have_node; have_node()",  # what its first call would install
     ),
     "sqlite": Real(
         "mcp-server-sqlite==2025.4.25",
@@ -235,8 +238,10 @@ def install(name: str, real: Real) -> str:
         steps = [
             [sys.executable, "-m", "venv", str(folder)],
             [python, "-m", "pip", "install", "-q", real.package, *real.beside],
+            [python, "-c", real.ready],
         ]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what an installation that was broken off left
+    folder.mkdir(parents=True)
     try:
         for step in steps:
             subprocess.run(step, check=True, capture_output=True, timeout=WITHIN)
