@@ -14,6 +14,7 @@ import pytest
 from a2a.types import a2a_pb2 as pb
 
 import weft
+from weft.client import mesh as mesh_module
 from weft.client import reads as reads_module
 from weft.testing.agents import client, eventually
 from weft.testing.broker import BrokerMesh
@@ -136,8 +137,9 @@ async def test_holes_between_and_behind_pages_are_passed_over(
 
 
 async def test_what_happened_while_the_connection_was_broken_is_found(
-    caller: weft.Mesh, host: Host, reads: ReadSide
+    caller: weft.Mesh, host: Host, reads: ReadSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(mesh_module, "RESYNC", (30.0, 30.0))  # by the reconnect, and not by the silence
     async with await caller.submit(host.agent, "x") as handle:
         work = await host.claim(handle.id)
         await work.status("working")
@@ -148,9 +150,7 @@ async def test_what_happened_while_the_connection_was_broken_is_found(
         await lost.wait()
         await work.artifact(pb.Part(text="while away"))
         await work.status("completed")
-        begun = time.monotonic()
-        assert (await handle.result(5)).text == "while away"
-        assert time.monotonic() - begun < 0.5, "it was found by the silence and not by the reconnect"
+        assert (await handle.result(10)).text == "while away"
 
 
 async def test_a_stream_goes_on_over_a_restart_of_the_server(fresh_mesh: BrokerMesh, unique: Unique) -> None:
@@ -398,7 +398,7 @@ async def test_reads_without_a_read_side_say_who_is_missing_at_once(caller: weft
     ):
         with pytest.raises(Unavailable, match="coordinator is not running"):
             await call
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
     assert caller.following == 0
 
 

@@ -323,10 +323,10 @@ async def test_references_within_a_schema_hold_and_nothing_outside_is_fetched() 
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|a)*$", "^a*a*a*a*a*a*$", r"^(a*)\1*$"])
 async def test_a_pattern_is_matched_in_the_time_that_its_text_takes_or_left_to_the_server(pattern: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     told = await mistakes({"properties": {"a": {"pattern": pattern}}}, a="a" * 4000 + "!")
     assert ("does not match" in told) == ("\\1" not in pattern)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 async def test_an_honest_pattern_is_checked() -> None:
