@@ -151,7 +151,7 @@ class Mesh:
             self.locks.apply(event, number=self.number, at=self.number)
             for _, request, what, _, _ in changes([event]):
                 task = request.partition("/")[0]
-                if what == "waiting" or request not in self.graph.waits(task):
+                if what in ("waiting", "promised", "recalled", "moved") or request not in self.graph.waits(task):
                     continue
                 self.graph.remove(task, request)
                 if what == "granted" and self.graph.waits(task):
