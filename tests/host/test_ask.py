@@ -51,7 +51,7 @@ async def test_a_question_stops_the_task_until_its_answer_comes(
         first = await handle.result()
         assert (first.state, first.text, first.metadata["n"]) == (weft.State.INPUT_REQUIRED, "question 0", 0)
         assert replica.owned == [handle.id]
-        assert replica.replica.slots.used == 0
+        await eventually(lambda: replica.replica.slots.used == 0)
         second = await handle.send({"yes": True})
         assert (second.state, second.text) == (weft.State.INPUT_REQUIRED, "question 1")
         last = await handle.send("no")
@@ -84,7 +84,7 @@ async def test_a_task_that_waits_leaves_memory_and_goes_on_when_it_is_answered(
         for n in range(3):
             await heard(handle, f"question {n}")
             await eventually(lambda: not replica.owned)
-            assert replica.replica.slots.used == 0
+            await eventually(lambda: replica.replica.slots.used == 0)
             await settled(mesh, agent.name)
             stored = await StoredTask.read(mesh, agent.name, handle.id)
             assert stored.claims[-1][1].state == SUSPENDED

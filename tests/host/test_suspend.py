@@ -454,11 +454,11 @@ async def test_hundreds_of_tasks_that_wait_hold_no_slot_and_all_go_on(
         await task.sleep(float(task.text) - time.time())
         return "slept"
 
-    until = time.time() + 3.0
+    until = time.time() + 5.0
     async with running(mesh, agent) as (replica,):
         handles = [await caller.submit(agent.name, str(until)) for _ in range(200)]
         await eventually(lambda: not replica.owned)
-        assert replica.replica.slots.used == 0
+        await eventually(lambda: replica.replica.slots.used == 0)
         assert time.time() < until, "the machine is too slow for this test's times"
         for handle in handles:
             async with handle:
