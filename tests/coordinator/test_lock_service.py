@@ -272,6 +272,25 @@ async def test_two_tasks_that_wait_for_each_other_are_told_apart_by_the_youngest
     await one.session(held=[])
 
 
+async def test_who_is_promised_a_lock_waits_for_it_all_the_same(cast: Cast, stage: Stage) -> None:
+    other, replica = await cast.replica(), await cast.replica()
+    holder = await stage.send(other.agent)
+    first, second = await stage.send(replica.agent), await stage.send(replica.agent)
+    await other.lock(holder, "next")
+    await replica.lock(second, "own")
+    for task in (first, second):
+        await replica.lock(task, "next")
+    await other.unlock(holder, "next")
+    await eventually(lambda: [told["state"] for told in replica.ops("lock")] == ["granted", "promised"])
+    await replica.lock(first, "own")
+    told = await eventually(lambda: [told for told in replica.ops("lock") if told["state"] == "deadlock"])
+    assert {(edge[1], edge[3], edge[4]) for edge in told[0]["cycle"]} == {
+        (first.task, "own", second.task),
+        (second.task, "next", first.task),
+    }
+    await replica.session(held=[])
+
+
 async def test_nobody_gives_way_before_every_replica_has_said_that_its_wait_goes_on(cast: Cast, stage: Stage) -> None:
     before = await cast.deadlocks()
     one, _, two, second = await crossed(cast, stage, "doubt")
