@@ -272,7 +272,8 @@ async def test_two_tasks_that_wait_for_each_other_are_told_apart_by_the_youngest
     await one.session(held=[])
 
 
-async def test_who_is_promised_a_lock_waits_for_it_all_the_same(cast: Cast, stage: Stage) -> None:
+@pytest.mark.parametrize("recalled", [False, True])
+async def test_who_is_promised_a_lock_waits_for_it_all_the_same(cast: Cast, stage: Stage, recalled: bool) -> None:
     other, replica = await cast.replica(), await cast.replica()
     holder = await stage.send(other.agent)
     first, second = await stage.send(replica.agent), await stage.send(replica.agent)
@@ -282,13 +283,21 @@ async def test_who_is_promised_a_lock_waits_for_it_all_the_same(cast: Cast, stag
         await replica.lock(task, "next")
     await other.unlock(holder, "next")
     await eventually(lambda: [told["state"] for told in replica.ops("lock")] == ["granted", "promised"])
-    await replica.lock(first, "own")
-    told = await eventually(lambda: [told for told in replica.ops("lock") if told["state"] == "deadlock"])
+    owner, claim = replica, 1
+    if recalled:  # as a takeover of the holder does
+        owner, claim = await cast.replica(replica.agent), 2
+        await owner.lock(first, "next", claim=claim)
+        await eventually(lambda: [told["state"] for told in replica.ops("lock")][2:] == ["recalled"])
+    await owner.lock(first, "own", claim=claim)
+    told = await eventually(
+        lambda: [d for one in (replica, owner) for d in one.ops("lock") if d["state"] == "deadlock"]
+    )
     assert {(edge[1], edge[3], edge[4]) for edge in told[0]["cycle"]} == {
         (first.task, "own", second.task),
         (second.task, "next", first.task),
     }
-    await replica.session(held=[])
+    for one in (replica, owner):
+        await one.session(held=[])
 
 
 async def test_nobody_gives_way_before_every_replica_has_said_that_its_wait_goes_on(cast: Cast, stage: Stage) -> None:
