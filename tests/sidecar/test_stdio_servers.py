@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from weft.client.tools import ToolRequest
 from weft.core.home import process_started
+from weft.core.toolsconf import ToolServer
 from weft.testing.agents import eventually
 from weft_protocols import mcp
 from weft_protocols.errors import DeadlineExceeded, ToolError
@@ -101,6 +103,27 @@ async def test_progress_comes_with_the_callers_own_token_and_in_order(stage: Any
     assert [(method, told["progressToken"], told["progress"]) for method, told in heard] == [
         ("notifications/progress", "mine", i) for i in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["Traceback:", "Wrong: no such module"], "ended with 4: Traceback:\nWrong: no such module"),
+        (["Traceback " + "x" * 300, "Wrong: no such module"], "ended with 4: Wrong: no such module"),
+        (["Wrong: no such module, " + "x" * 300], "ended with 4: Wrong: no such module, xxx"),
+    ],
+    ids=["short", "long before", "long"],
+)
+async def test_why_a_server_ended_is_told_from_the_beginning_of_a_line(
+    stage: Any, unique: Callable[[str], str], lines: list[str], told: str
+) -> None:
+    script = f"import sys; print({chr(10).join(lines)!r}, file=sys.stderr); sys.exit(4)"
+    name = unique("ends")
+    await stage.register(ToolServer(name, command=(sys.executable, "-S", "-c", script)))
+    with pytest.raises(ToolError) as ended:
+        await stage.do(name, "nothing")
+    assert told in str(ended.value)
+    assert len(str(ended.value)) < 450
 
 
 async def test_a_server_that_ends_fails_its_calls_and_is_started_again(stage: Any, said: Callable[..., str]) -> None:

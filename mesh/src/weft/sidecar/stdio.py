@@ -40,6 +40,8 @@ INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "USER", "S
 """Variables every process gets; whatever else it needs is named in its registration."""
 LAST_WORDS: Final = 16 * 1024
 """Bytes of standard error that are kept."""
+TOLD: Final = 300
+"""Characters of them that are part of an error."""
 CHUNK: Final = 64 * 1024
 GARBAGE: Final = 20
 """Lines that are no messages and are logged; later ones are only counted."""
@@ -194,7 +196,7 @@ class StdioLink:
         # Its output can end before the process does, and a child of it can hold the output open after.
         await self._gone(process, (signal.SIGTERM,) if self.ended.is_set() else (None, signal.SIGTERM))
         code = process.returncode
-        words = f": {self.last_words[-300:]}" if self.last_words else ""
+        words = f": {_end_of(self.last_words)}" if self.last_words else ""
         self._end(f"tool server {self._command.name} ended with {code}{words}")
         self._kill()
 
@@ -310,6 +312,15 @@ class StdioLink:
                 os.killpg(self._process.pid, number)
             except (ProcessLookupError, PermissionError):
                 return
+
+
+def _end_of(said: str) -> str:
+    """The last lines of it, as many as can be told; the beginning of the last one, where that is longer."""
+    *lines, last = said.splitlines()
+    told = last if len(last) <= TOLD else f"{last[: TOLD - 1]}…"
+    while lines and len(lines[-1]) + 1 + len(told) <= TOLD:
+        told = f"{lines.pop()}\n{told}"
+    return told
 
 
 def _close_pipes(process: asyncio.subprocess.Process) -> None:
