@@ -208,7 +208,7 @@ async def test_a_task_that_ends_without_a_word_holds_nothing_more(cast: Cast, st
     await waiter.lock(second, "ended")
     await (await stage.claim(first)).complete()
     await eventually(lambda: waiter.ops("lock"))
-    await waiter.unlock(second, "ended")
+    assert await waiter.unlock(second, "ended")
 
 
 async def test_locks_are_shown_to_the_operator_and_taken_away_with_a_reason(cast: Cast, stage: Stage) -> None:
